@@ -1,0 +1,9 @@
+"""Convert ISIC 2018 Task 1 for nnU-Net; see --help."""
+
+import sys
+from pathlib import Path
+
+from nnunetv2_dermomamba.conversion.isic2018 import main
+
+if __name__ == "__main__":
+    sys.exit(main(default_source=Path(__file__).resolve().parents[1] / "data" / "ISIC2018"))

@@ -1,0 +1,209 @@
+"""The command line that the data sets share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_dermomamba.conversion.dataset import (
+    CHANNEL_NAMES,
+    SKIPPED_FILE,
+    Description,
+    Options,
+    available_cores,
+    convert_dataset,
+)
+from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.conversion.pairing import Inventory
+from nnunetv2_dermomamba.conversion.paper_split import PAPER_CASES, paper_split, write_paper_split
+
+__all__ = ["DatasetKind", "run", "size"]
+
+MAX_SIDE = 8192
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """A data set that can be converted.
+
+    Attributes:
+        description: For ``dataset.json``; its name names the data set folder.
+        default_id: nnU-Net's data set number.
+        find: Takes the source folder, returns what is there.
+        archives: Official archives, without ".zip"; empty if they cannot be downloaded.
+        download_address: Where they are.
+        has_paper_split: The paper's hold-out is of this data set.
+    """
+
+    description: Description
+    default_id: int
+    find: Callable[[Path], Inventory]
+    archives: tuple[str, ...] = ()
+    download_address: str = ""
+    has_paper_split: bool = False
+
+
+def size(text: str) -> tuple[int, int] | None:
+    """Parse ``HEIGHTxWIDTH`` or ``native``.
+
+    Returns:
+        (height, width) in pixels, or None for native.
+
+    Raises:
+        argparse.ArgumentTypeError: Anything else.
+    """
+    if text == "native":
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
+    if not match or not all(1 <= int(side) <= MAX_SIDE for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither HEIGHTxWIDTH, each from 1 to {MAX_SIDE}, nor 'native'")
+    return int(match[1]), int(match[2])
+
+
+def run(kind: DatasetKind, arguments: Sequence[str] | None, default_source: Path) -> int:
+    """Convert a data set as the command line says.
+
+    Args:
+        kind: The data set.
+        arguments: Command line without the program's name, or None for this process's.
+        default_source: Where to look without ``--source``.
+
+    Returns:
+        The exit code: 0, 1 for an error, 2 for a missing source or a wrong command line, 130 if interrupted.
+    """
+    options = _parser(kind, default_source).parse_args(arguments)
+    try:
+        _convert(kind, options)
+    except ConversionError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"Error: {error}. What was converted is kept; run again to go on.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. What was converted is kept; run again to go on.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _convert(kind: DatasetKind, options: argparse.Namespace) -> None:
+    name = f"Dataset{options.dataset_id:03d}_{kind.description.name}"
+    folder = _environment_folder("nnUNet_raw") / name
+    for other in folder.parent.glob(f"Dataset{options.dataset_id:03d}_*"):
+        if other.name != name:
+            raise ConversionError(f"number {options.dataset_id} is taken by {str(other)!r}; give another --dataset-id.")
+    wants_split = kind.has_paper_split and options.paper_split
+    preprocessed = _environment_folder("nnUNet_preprocessed") / name if wants_split else None
+    source = Path(os.path.abspath(options.source))
+    if kind.archives and options.download:
+        from nnunetv2_dermomamba.conversion.download import download_archives
+
+        download_archives(kind.archives, options.download, source)
+    inventory = kind.find(source)
+
+    def write_split(training_cases: list[str]) -> None:
+        if preprocessed is not None:
+            print(f"Split: {write_paper_split(training_cases, preprocessed, options.overwrite)}")
+            if len(training_cases) != PAPER_CASES:
+                print(f"Note: {len(training_cases)} training cases, not {PAPER_CASES}: not the paper's hold-out.")
+
+    if wants_split:
+        paper_split([case.case_id for case in inventory.cases if case.subset == "training"])
+    problems = convert_dataset(
+        inventory,
+        kind.description,
+        folder,
+        Options(options.size, options.normalization, options.workers, options.overwrite, options.skip_bad),
+        write_split,
+    )
+    print(f"Data set: {folder}")
+    if problems:
+        print(f"{len(problems)} bad cases were left out; they are listed in {folder / SKIPPED_FILE}")
+    print(f"Next: nnUNetv2_plan_and_preprocess -d {options.dataset_id} -c 2d --verify_dataset_integrity")
+
+
+def _environment_folder(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        raise ConversionError(
+            f"the environment variable {variable} is not set. Set it to the folder where nnU-Net keeps its data, "
+            f"for example: export {variable}=$HOME/{variable}"
+        )
+    return Path(os.path.abspath(value))
+
+
+def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=f"Convert {kind.description.name} to $nnUNet_raw/Dataset{kind.default_id}_{kind.description.name}, "
+        "nnU-Net's raw data format. The data set appears only when it is complete; an interrupted run goes on when the "
+        "command is given again.",
+        epilog=f"{kind.description.reference}. Licence: {kind.description.licence}.",
+    )
+    parser.add_argument(
+        "--source", type=Path, default=default_source, metavar="DIR", help="the unpacked data (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset-id", type=_dataset_id, default=kind.default_id, metavar="N", help="1 to 999 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        default="192x256",
+        metavar="HEIGHTxWIDTH",
+        help="resample every image to this size, or 'native' to keep their own (default: %(default)s, the paper's)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=tuple(CHANNEL_NAMES),
+        default="zscore",
+        help="how nnU-Net shall normalise: per image and channel to mean 0 and deviation 1, or divide by 255 as the "
+        "paper does (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, default=available_cores(), metavar="N", help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing data set, once the new one is whole"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help=f"leave out files that cannot be read in one right way, and list them in {SKIPPED_FILE} in the data set; "
+        "without this they are listed and nothing is written",
+    )
+    if kind.archives:
+        parser.add_argument(
+            "--download",
+            nargs="?",
+            const=kind.download_address,
+            metavar="ADDRESS",
+            help="first fetch the missing archives, about 16 GB, into the source folder; goes on where a broken "
+            "download stopped (from %(const)s, or a mirror's address)",
+        )
+    if kind.has_paper_split:
+        parser.add_argument(
+            "--paper-split",
+            action="store_true",
+            help="write splits_final.json to $nnUNet_preprocessed: fold 0 is the released code's hold-out of 520 of "
+            f"{PAPER_CASES} cases, folds 1 to 4 hold out a quarter of the others each",
+        )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _dataset_id(text: str) -> int:
+    number = _positive(text)
+    if number > 999:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to 999")
+    return number

@@ -1,0 +1,296 @@
+"""An nnU-Net raw data set, written so that it appears only when it is complete.
+
+Everything is built in a hidden sibling, ``.<name>.partial``, with a journal of the finished cases; a killed conversion
+goes on from there. The complete data set is renamed into place; an old one is moved aside to ``.<name>.replaced`` for
+the moment between two renames, and put back by the next run if a kill falls into that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunetv2_dermomamba.conversion.case import convert_case, output_files
+from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.conversion.pairing import Case, Inventory, Problem
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock; two conversions at once are the user's affair there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["CHANNEL_NAMES", "CONVERSION_KEY", "Description", "Options", "available_cores", "convert_dataset"]
+
+# nnU-Net derives the normalisation from the channel names: these mean z-score per image, and division by 255.
+CHANNEL_NAMES = {"zscore": ("R", "G", "B"), "rgb_to_0_1": ("rgb_to_0_1",) * 3}
+CONVERSION_KEY = "dermomamba_conversion"  # in dataset.json, which nnU-Net copies into every trained model's folder
+CASES_FILE = "conversion.json"
+SKIPPED_FILE = "skipped_cases.txt"
+JOURNAL_FORMAT = 1  # a journal of another format, or with another shape, is not resumed
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``dataset.json`` says of a data set."""
+
+    name: str
+    labels: dict[str, int]
+    description: str
+    reference: str
+    licence: str
+    citation: list[str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+        shape: (height, width) in pixels, or None to keep each image's size.
+        normalization: A key of `CHANNEL_NAMES`.
+        workers: Processes; 1 works in this one.
+        overwrite: Replace an existing data set, at the very end.
+        skip_bad: Leave bad cases out and list them in ``skipped_cases.txt`` instead of failing.
+    """
+
+    shape: tuple[int, int] | None = (192, 256)
+    normalization: str = "zscore"
+    workers: int = field(default_factory=lambda: available_cores())
+    overwrite: bool = False
+    skip_bad: bool = False
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def convert_dataset(
+    inventory: Inventory,
+    description: Description,
+    folder: Path,
+    options: Options,
+    before_publishing: Callable[[list[str]], None] = lambda training_cases: None,
+) -> list[Problem]:
+    """Convert the cases of an inventory into an nnU-Net raw data set.
+
+    Args:
+        inventory: Cases, and the problems already known of.
+        description: For ``dataset.json``.
+        folder: The data set folder, ``$nnUNet_raw/DatasetXXX_Name``.
+        options: How to convert.
+        before_publishing: Called with the sorted training case identifiers when all is written, before the data set
+            appears; what it raises keeps the data set from appearing.
+
+    Returns:
+        The problems of the cases left out; empty unless `Options.skip_bad` is set.
+
+    Raises:
+        ConversionError: The data set exists, another conversion is at work, a case is bad, or no training case is left.
+        OSError: Something cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if replaced.exists() and not os.path.lexists(folder):
+        replaced.rename(folder)
+    _remove(replaced)
+    if os.path.lexists(folder) and not options.overwrite:
+        raise ConversionError(f"{str(folder)!r} exists. Give --overwrite to replace it, or another --dataset-id.")
+    partial.mkdir(exist_ok=True)
+    with _locked(partial):
+        staging = partial / "dataset"
+        records, problems = _convert_cases(inventory, partial, options)
+        problems = sorted(inventory.problems + problems, key=lambda problem: problem.case_id)
+        if problems and not options.skip_bad:
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise ConversionError(
+                f"{len(problems)} bad cases:\n{listed}\nMend or remove them, or give --skip-bad to go on without them. "
+                f"No data set was written; the cases already converted wait in {str(partial)!r} for the next run."
+            )
+        _finish(staging, records, problems, description, options)
+        before_publishing(sorted(record["case"] for record in records if record["subset"] == "training"))
+        if hasattr(os, "sync"):
+            os.sync()  # so that after a power cut, too, what has its final name is whole
+        if os.path.lexists(folder):
+            folder.rename(replaced)
+        staging.rename(folder)
+        shutil.rmtree(partial)
+        _remove(replaced)
+    return problems
+
+
+def _convert_cases(inventory: Inventory, partial: Path, options: Options) -> tuple[list[dict], list[Problem]]:
+    settings = {"format": JOURNAL_FORMAT, "shape": options.shape and list(options.shape)}
+    staging, journal = partial / "dataset", partial / "journal.jsonl"
+    done = _read_journal(journal, settings)
+    if done is None:
+        _remove(staging)
+        journal.write_text(json.dumps(settings) + "\n")
+        done = {}
+    for case in inventory.cases:
+        for path in output_files(case):
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+
+    records, problems, todo = [], [], []
+    for case in inventory.cases:
+        entry = done.get(case.case_id)
+        whole = (
+            entry and entry["inputs"] == _fingerprint(case) and all((staging / p).exists() for p in output_files(case))
+        )
+        if whole:
+            records.append(entry["record"])
+        else:
+            todo.append(case)
+    with journal.open("a") as log, tqdm(total=len(inventory.cases), initial=len(records), unit="case") as bar:
+        for case, result in _run(todo, staging, options):
+            if isinstance(result, Problem):
+                problems.append(result)
+            else:
+                records.append(result)
+                entry = {"case": case.case_id, "inputs": _fingerprint(case), "record": result}
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+            bar.update()
+    return records, problems
+
+
+def _run(cases: list[Case], staging: Path, options: Options) -> Iterator[tuple[Case, dict | Problem]]:
+    if options.workers == 1 or len(cases) < 2:
+        for case in cases:
+            yield case, convert_case(case, staging, options.shape)
+        return
+    # Spawned, because a fork of a process with threads (tqdm's, a caller's) may deadlock.
+    context = multiprocessing.get_context("spawn")
+    workers = min(options.workers, len(cases))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise_worker) as pool:
+        try:
+            futures: dict[Future, Case] = {
+                pool.submit(convert_case, case, staging, options.shape): case for case in cases
+            }
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise ConversionError(
+                "a worker process died, perhaps for lack of memory. Run again with fewer --workers to go on."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _initialise_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _finish(
+    staging: Path, records: list[dict], problems: list[Problem], description: Description, options: Options
+) -> None:
+    """Write the descriptive files and remove what an earlier, interrupted run with other cases left."""
+    training = [record for record in records if record["subset"] == "training"]
+    if not training:
+        raise ConversionError("no training case is left")
+    rule: dict[str, Any] = {
+        "size": "native" if options.shape is None else list(options.shape),
+        "normalization": options.normalization,
+        "image_filter": "lanczos",
+        "mask_rule": "most covered pixels, share of the frame kept",
+    }
+    _write_json(
+        staging / "dataset.json",
+        {
+            "channel_names": {str(i): name for i, name in enumerate(CHANNEL_NAMES[options.normalization])},
+            "labels": description.labels,
+            "numTraining": len(training),
+            "file_ending": ".png",
+            "overwrite_image_reader_writer": "NaturalImage2DIO",
+            "name": description.name,
+            "description": description.description,
+            "reference": description.reference,
+            "licence": description.licence,
+            "citation": description.citation,
+            CONVERSION_KEY: rule,
+        },
+    )
+    _write_json(staging / CASES_FILE, {**rule, "cases": sorted(records, key=lambda record: record["case"])})
+    (staging / SKIPPED_FILE).unlink(missing_ok=True)
+    if problems:
+        text = "".join(f"{problem}\n" for problem in problems)
+        (staging / SKIPPED_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    kept = {dataset_file for record in records for dataset_file in record["files"]}
+    for sub_folder in staging.iterdir():
+        if sub_folder.is_dir():
+            for file in sub_folder.iterdir():
+                if f"{sub_folder.name}/{file.name}" not in kept:
+                    file.unlink()
+            with contextlib.suppress(OSError):
+                sub_folder.rmdir()
+        elif sub_folder.name.startswith(".writing-"):
+            sub_folder.unlink()
+
+
+def _read_journal(journal: Path, settings: dict) -> dict[str, dict] | None:
+    """Finished cases by identifier, or None if there is nothing to resume."""
+    if not journal.exists():
+        return None
+    lines = []
+    for line in journal.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the line a kill cut short, and one that was appended to it
+            lines.append(json.loads(line))
+    if not lines or lines[0] != settings:
+        return None
+    return {entry["case"]: entry for entry in lines[1:]}
+
+
+def _fingerprint(case: Case) -> list[list]:
+    files = [file for file in (case.image, case.mask) if file is not None]
+    return [[os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConversionError(f"another conversion is at work in {str(folder)!r}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,180 @@
+"""Photographs of any common kind read as upright 8-bit RGB.
+
+Only what has one right reading is read: greyscale, palette, CMYK, 16 bit, opaque alpha and EXIF orientation are
+converted; translucent pixels, several frames and floating-point values raise. Claims in the header are checked before
+anything is decoded, so a decompression bomb costs nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.conversion.resample import resize_image
+
+__all__ = ["MAX_PIXELS", "Photograph", "open_image", "read_photograph", "read_rgb"]
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+MAX_PIXELS = 80_000_000  # ISIC's largest image has 30 million; below Pillow's own warning, and 240 MB as RGB
+MAX_FILE_BYTES = 512 << 20  # more than an uncompressed 16-bit RGB image of MAX_PIXELS
+MAX_JPEG_SCAN_PIXELS = 20 * MAX_PIXELS  # a progressive JPEG has about ten scans; each costs a pass over all pixels
+
+# A draft of at least this many times the wanted size keeps the mean difference from a full decode below 0.35 grey
+# levels and the largest below 6 (benchmarks/conversion.py); at 1.0 the largest is 20.
+DRAFT_GAP = 1.5
+
+EXIF_ORIENTATION = 0x0112
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """An upright RGB photograph.
+
+    Attributes:
+        image: Mode "RGB", resampled if a shape was asked for.
+        original_shape: (height, width) in pixels of the upright image in the file.
+        orientation: The EXIF orientation that was undone, 1 if none.
+    """
+
+    image: Image.Image
+    original_shape: tuple[int, int]
+    orientation: int
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file of a known format whose header claims a sane size; pixels are not decoded yet.
+
+    Whatever the body of the ``with`` statement raises while it decodes becomes an `ImageReadError`, because decoders
+    raise almost anything on damaged files.
+
+    Raises:
+        ImageReadError: The file cannot be opened or decoded, or is too large.
+    """
+    path = Path(path)
+    try:
+        data = _read_bytes(path)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageReadError(path, f"claims {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
+            scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            if scans * width * height > MAX_JPEG_SCAN_PIXELS:
+                raise ImageReadError(path, f"has {scans} JPEG scans, which would take too long to decode")
+            # MPO is what some cameras write: a JPEG followed by previews. The first picture is the photograph.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:
+                raise ImageReadError(path, "holds several pictures; keep one")
+            yield image
+    except ImageReadError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageReadError(path, f"is not an image of a known format ({', '.join(FORMATS)})") from None
+    except OSError as error:
+        raise ImageReadError(path, error.strerror or f"cannot be decoded: {error}") from error
+    except MemoryError as error:
+        raise ImageReadError(path, "does not fit in memory") from error
+    except Exception as error:
+        raise ImageReadError(path, f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def read_photograph(path: str | Path, shape: tuple[int, int] | None = None) -> Photograph:
+    """Read a photograph as upright 8-bit RGB, resampled with an anti-aliasing filter if a shape is given.
+
+    Args:
+        path: JPEG, PNG, BMP or TIFF file.
+        shape: (height, width) in pixels to resample to, or None to keep the size. JPEGs are then decoded at a reduced
+            scale where that is safe, which is what makes this fast.
+
+    Raises:
+        ImageReadError: The file is damaged or has no single right reading.
+    """
+    with open_image(path) as image:
+        stored_size = image.size
+        if shape is not None and image.format in ("JPEG", "MPO"):
+            across = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            width, height = shape if across else shape[::-1]
+            image.draft(None, (round(width * DRAFT_GAP), round(height * DRAFT_GAP)))
+        drafted = image.size != stored_size
+        image.load()
+        # After load(), because Pillow applies the orientation of a TIFF itself and then drops the tag.
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        if not drafted:
+            stored_size = image.size
+        upright = _to_rgb(image, path)
+        if orientation in TRANSPOSE:
+            upright = upright.transpose(TRANSPOSE[orientation])
+        width, height = stored_size[::-1] if orientation in (5, 6, 7, 8) else stored_size
+        if shape is not None:
+            upright = resize_image(upright, shape)
+        return Photograph(upright, (height, width), orientation)
+
+
+def read_rgb(path: str | Path, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """`read_photograph` as an array.
+
+    Returns:
+        uint8 array of shape (height, width, 3).
+
+    Raises:
+        ImageReadError: The file is damaged or has no single right reading.
+    """
+    return np.asarray(read_photograph(path, shape).image)
+
+
+def _read_bytes(path: Path) -> bytes:
+    # A pipe or a device would block or never end.
+    with open(path, "rb", opener=_open_without_blocking) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageReadError(path, "is not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageReadError(path, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
+        return file.read(MAX_FILE_BYTES)
+
+
+def _open_without_blocking(path: str, flags: int) -> int:
+    import os
+
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            raise ImageReadError(path, "has translucent pixels, whose colour depends on the background; flatten it")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), path))
+    if image.mode not in ("RGB", "RGBA", "L", "1", "P", "CMYK", "YCbCr", "LAB"):
+        raise ImageReadError(path, f"has pixels of mode {image.mode}, whose range is unknown; save it with 8 bits")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, path: str | Path) -> np.ndarray:
+    """High byte of 16-bit values, as Pillow reads 16-bit RGB."""
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageReadError(path, "has values outside 16 bits; save it with 8 bits")
+    # 12-bit data in a 16-bit file would come out almost black.
+    if values.max() < 4096:
+        raise ImageReadError(
+            path, "uses less than 1/16 of its 16-bit range, so its scale is unknown; save it with 8 bits"
+        )
+    return (values >> 8).astype(np.uint8)
