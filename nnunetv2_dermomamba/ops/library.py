@@ -1,0 +1,156 @@
+"""Turn a backend's forward and backward functions into ``torch.library`` custom ops with autograd.
+
+Every backend module has the same functions (``cpu_scan`` documents them): ``scan_1d_forward``, ``scan_1d_backward``,
+``states_shape_1d`` and, where it is fused, the same three for ``2d``. The ops are named ``dermomamba::<backend>_scan_1d``
+and so on; they are opaque to ``torch.compile``, which therefore sees one node and no graph break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DOUBLE_BACKWARD = (
+    "the selective scan has no second derivative: do not call backward with create_graph=True through it, "
+    "or use nnunetv2_dermomamba.ops.naive, which plain autograd can differentiate twice"
+)
+
+
+def _no_double_backward(op: Any) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_DOUBLE_BACKWARD)
+
+    op.register_autograd(backward)
+
+
+def _accumulation_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _like(inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Gradients in the types of their inputs."""
+    return [None if m is None or g is None else g.to(m.dtype) for m, g in zip(inputs, grads, strict=True)]
+
+
+def register_scan_1d(name: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register ``dermomamba::<name>_scan_1d`` and its backward; returns the differentiable function."""
+
+    @torch.library.custom_op(f"dermomamba::{name}_scan_1d", mutates_args=())
+    def forward(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return module.scan_1d_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+    @forward.register_fake
+    def _(u, delta, A, B, C, D, delta_bias, delta_softplus):  # type: ignore[no-untyped-def]
+        kind = _accumulation_type(u)
+        states = u.new_empty(module.states_shape_1d(u, A.shape[1], B.shape[1]), dtype=kind)
+        return torch.empty_like(u, dtype=kind, memory_format=torch.contiguous_format), states
+
+    @torch.library.custom_op(f"dermomamba::{name}_scan_1d_backward", mutates_args=())
+    def backward_op(
+        dy: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        states: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return module.scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
+
+    @backward_op.register_fake
+    def _(dy, u, delta, A, B, C, D, delta_bias, delta_softplus, states):  # type: ignore[no-untyped-def]
+        vector = A[:, 0]
+        tensors = (u, delta, A, B, C, vector, vector)
+        kind = _accumulation_type(u)
+        return tuple(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in tensors)
+
+    _no_double_backward(backward_op)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.delta_softplus = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, states = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 8
+        grads = backward_op(dy.contiguous(), *inputs, ctx.delta_softplus, states)
+        return (*_like(tuple(inputs), grads), None)
+
+    forward.register_autograd(backward, setup_context=setup_context)
+
+    def scan(*arguments: Any) -> Tensor:
+        return forward(*arguments)[0]
+
+    return scan
+
+
+def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register ``dermomamba::<name>_scan_2d`` and its backward; returns the differentiable function."""
+
+    @torch.library.custom_op(f"dermomamba::{name}_scan_2d", mutates_args=())
+    def forward(
+        x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return module.scan_2d_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+
+    @forward.register_fake
+    def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):  # type: ignore[no-untyped-def]
+        kind = _accumulation_type(x)
+        states = x.new_empty(module.states_shape_2d(x, A.shape[1]), dtype=kind)
+        return torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format), states
+
+    @torch.library.custom_op(f"dermomamba::{name}_scan_2d_backward", mutates_args=())
+    def backward_op(
+        dy: Tensor,
+        x: Tensor,
+        x_proj_weight: Tensor,
+        dt_projs_weight: Tensor,
+        dt_projs_bias: Tensor,
+        A: Tensor,
+        Ds: Tensor,
+        states: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return module.scan_2d_backward(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states)
+
+    @backward_op.register_fake
+    def _(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states):  # type: ignore[no-untyped-def]
+        tensors = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+        kind = _accumulation_type(x)
+        return tuple(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in tensors)
+
+    _no_double_backward(backward_op)
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, states = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 6
+        return tuple(_like(tuple(inputs), backward_op(dy.contiguous(), *inputs, states)))
+
+    forward.register_autograd(backward, setup_context=setup_context)
+
+    def scan(*arguments: Tensor) -> Tensor:
+        return forward(*arguments)[0]
+
+    return scan

@@ -1,0 +1,288 @@
+"""What the 1D and the 2D Triton scan share: tile shapes, the serial walks over rows, the scan over chunks.
+
+A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side. In bulk
+it first writes the rows that the walk needs (step size ``delta``, ``w = delta x``, B and C, one row a position) to a
+small scratch of its own, which stays in the cache, and then walks the ``T`` steps with the states of its segments and
+channels in registers. The reason for the scratch: Triton cannot index a tile by a run-time position.
+
+A walk's tile is ``[R, LX, N]``: ``LX`` runs over (segment, channel group) and fills the warps together with ``N``, and
+the ``R`` channels of a group are held by one thread, so that sums over channels (for dB and dC) mostly need no
+exchange between threads.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+CHUNK = 32  # T: longer chunks mean fewer saved states, shorter ones a scratch that stays in the cache
+UNROLL = 4  # steps whose states the backward walk holds in registers; divides CHUNK
+MAX_BLOCK = 128  # channels of one program
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Constants of a kernel for ``d`` channels and ``N`` states: see the module's text for the names."""
+
+    DP: int  # channels, padded to a power of two
+    NP: int  # states, padded likewise
+    R: int
+    S: int
+    T: int
+    num_warps: int
+
+    @property
+    def P(self) -> int:
+        """Positions a program works on at once."""
+        return self.S * self.T
+
+    @property
+    def G(self) -> int:
+        """Partial sums over channels that the backward walk leaves per position: one for each warp."""
+        return max(1, self.DP // self.R // 8)
+
+    def constants(self) -> dict[str, int]:
+        """Keyword arguments of the kernels."""
+        return {"DP": self.DP, "NP": self.NP, "R": self.R, "S": self.S, "T": self.T, "num_warps": self.num_warps}
+
+
+def tile_for(channels: int, state: int) -> Tile:
+    """Tile for one block of ``channels`` (at most ``MAX_BLOCK``)."""
+    padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
+    run = min(4, padded)
+    groups = padded // run
+    segments = max(1, 8 // groups)
+    threads = segments * groups * max(1, states // 4)
+    return Tile(padded, states, run, segments, CHUNK, max(1, min(16, threads // 32)))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer not below ``a / b``."""
+    return -(-a // b)
+
+
+def chunk_count(length: int, tile: Tile) -> int:
+    """Chunks of a sequence, filled up to whole programs."""
+    return ceil_div(length, tile.P) * tile.S
+
+
+def program_count(device: torch.device, items: int, tile: Tile) -> int:
+    """Programs of a persistent launch: enough to fill the device, few enough for their scratch to stay in its cache."""
+    if device.type != "cuda":
+        return min(items, 2)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(items, processors * max(2, 8 // tile.num_warps))
+
+
+@triton.jit
+def softplus(x):
+    """``max(x, 0) + log1p(exp(-|x|))``; ``log1p(t) = 2 artanh(t / (2 + t))`` keeps tiny results relatively exact."""
+    t = tl.exp(-tl.abs(x))
+    z = t / (2.0 + t)
+    s = z * z
+    series = 1 / 13 + s * (1 / 15 + s * (1 / 17))
+    series = 1 / 7 + s * (1 / 9 + s * (1 / 11 + s * series))
+    series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * series))
+    return tl.maximum(x, 0.0) + 2.0 * z * series
+
+
+@triton.jit
+def softplus_slope(delta):
+    """Derivative of ``softplus`` from its value: ``1 - exp(-delta)``, by its series where that would cancel."""
+    series = delta * (1.0 - delta * (0.5 - delta * (1 / 6 - delta * (1 / 24 - delta * (1 / 120)))))
+    return tl.where(delta < 0.1, series, 1.0 - tl.exp(-delta))
+
+
+@triton.jit
+def walk_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
+    """Channel ``[R, LX]``, segment ``[LX]`` and state ``[NP]`` of the walk's tile."""
+    lx = tl.arange(0, S * (DP // R))
+    r = tl.arange(0, R)
+    channel = (lx % (DP // R))[None, :] * R + r[:, None]
+    return channel, lx // (DP // R), tl.arange(0, NP)
+
+
+@triton.jit
+def load_decay(A_ptr, channel, n, d, N):
+    """``A log2(e)`` as ``[R, LX, NP]``; 0 (no decay) where padded."""
+    mask = (channel < d)[:, :, None] & (n < N)[None, None, :]
+    return tl.load(A_ptr + channel[:, :, None] * N + n[None, None, :], mask=mask, other=0.0) * LOG2E
+
+
+@triton.jit
+def walk_summary(
+    delta_ptr,
+    v_ptr,
+    m_ptr,
+    A2,
+    channel,
+    segment,
+    n,
+    ADJOINT: tl.constexpr,
+    DP: tl.constexpr,
+    NP: tl.constexpr,
+    T: tl.constexpr,
+):
+    """State at the end of each segment that starts from zero, and the sum of its steps.
+
+    Forward: ``h = a h + w B``. ADJOINT, from the last position to the first: ``g = a (g + dy C)``.
+    ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
+    """
+    h = tl.zeros_like(A2)
+    total = channel * 0.0
+    row = segment * T
+    if ADJOINT:
+        row += T - 1
+    for _ in range(T):
+        delta = tl.load(delta_ptr + row[None, :] * DP + channel)
+        v = tl.load(v_ptr + row[None, :] * DP + channel)
+        m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
+        a = tl.exp2(delta[:, :, None] * A2)
+        if ADJOINT:
+            h = (h + v[:, :, None] * m[None, :, :]) * a
+            row -= 1
+        else:
+            h = h * a + v[:, :, None] * m[None, :, :]
+            row += 1
+        total += delta
+    return h, total
+
+
+@triton.jit
+def walk_output(
+    delta_ptr, w_ptr, bc_ptr, h, A2, channel, segment, n, DP: tl.constexpr, NP: tl.constexpr, T: tl.constexpr
+):
+    """``y = <C, h>`` of every position, written over w."""
+    row = segment * T
+    for _ in range(T):
+        delta = tl.load(delta_ptr + row[None, :] * DP + channel)
+        w = tl.load(w_ptr + row[None, :] * DP + channel)
+        b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
+        c = tl.load(bc_ptr + NP + row[:, None] * (2 * NP) + n[None, :])
+        h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[None, :, :]
+        tl.store(w_ptr + row[None, :] * DP + channel, tl.sum(h * c[None, :, :], axis=2))
+        row += 1
+
+
+@triton.jit
+def walk_back(
+    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, checkpoint_ptr, h, g, A2, channel, segment, n,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """Gradients of every position, from start states ``h`` and the adjoints ``g`` that enter at the segments' ends.
+
+    Writes ``sum_n g B`` over w, ``sum_n (g a h_before) A`` over dy and the partial sums over channels of dB and dC to
+    ``dbc_ptr``; returns the gradient of A. The decays never divide, so underflow is harmless.
+    """
+    GROUPS: tl.constexpr = DP // R
+    E: tl.constexpr = GROUPS if GROUPS < 8 else 8
+    part = tl.arange(0, S * GROUPS // E)
+    part_segment = part // (GROUPS // E)
+    part_group = part % (GROUPS // E)
+    state = ((segment[None, :] * DP + channel) * NP)[:, :, None] + n[None, None, :]
+    row = segment * T
+    for block in range(T // UNROLL):
+        tl.store(checkpoint_ptr + block * (S * DP * NP) + state, h)
+        for _ in tl.static_range(UNROLL):
+            delta = tl.load(delta_ptr + row[None, :] * DP + channel)
+            w = tl.load(w_ptr + row[None, :] * DP + channel)
+            b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
+            h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[None, :, :]
+            row += 1
+    tl.debug_barrier()
+    dA = tl.zeros_like(A2)
+    for reverse in range(T // UNROLL):
+        block = T // UNROLL - 1 - reverse
+        h = tl.load(checkpoint_ptr + block * (S * DP * NP) + state)
+        row = segment * T + block * UNROLL
+        hs = (h,)
+        decays = ()
+        for i in tl.static_range(UNROLL):
+            delta = tl.load(delta_ptr + (row + i)[None, :] * DP + channel)
+            w = tl.load(w_ptr + (row + i)[None, :] * DP + channel)
+            b = tl.load(bc_ptr + (row + i)[:, None] * (2 * NP) + n[None, :])
+            a = tl.exp2(delta[:, :, None] * A2)
+            h = h * a + w[:, :, None] * b[None, :, :]
+            hs = hs + (h,)
+            decays = decays + (a,)
+        for j in tl.static_range(UNROLL):
+            i: tl.constexpr = UNROLL - 1 - j
+            here = row + i
+            delta = tl.load(delta_ptr + here[None, :] * DP + channel)
+            w = tl.load(w_ptr + here[None, :] * DP + channel)
+            dy = tl.load(dy_ptr + here[None, :] * DP + channel)
+            b = tl.load(bc_ptr + here[:, None] * (2 * NP) + n[None, :])
+            c = tl.load(bc_ptr + NP + here[:, None] * (2 * NP) + n[None, :])
+            g += dy[:, :, None] * c[None, :, :]
+            dc = tl.sum(dy[:, :, None] * hs[i + 1], axis=0)
+            db = tl.sum(w[:, :, None] * g, axis=0)
+            by_input = tl.sum(g * b[None, :, :], axis=2)
+            g *= decays[i]
+            q = g * hs[i]
+            dA += q * delta[:, :, None]
+            by_decay = tl.sum(q * A2, axis=2) * LN2
+            tl.store(w_ptr + here[None, :] * DP + channel, by_input)
+            tl.store(dy_ptr + here[None, :] * DP + channel, by_decay)
+            out = ((part_segment * T + block * UNROLL + i) * (GROUPS // E) + part_group) * (2 * NP)
+            db = tl.sum(tl.reshape(db, [S * GROUPS // E, E, NP]), axis=1)
+            dc = tl.sum(tl.reshape(dc, [S * GROUPS // E, E, NP]), axis=1)
+            tl.store(dbc_ptr + out[:, None] + n[None, :], db)
+            tl.store(dbc_ptr + NP + out[:, None] + n[None, :], dc)
+    return dA
+
+
+@triton.jit
+def _compose(decay_left, state_left, decay_right, state_right):
+    return decay_left * decay_right, decay_right * state_left + state_right
+
+
+@triton.jit
+def combine_kernel(
+    state_ptr,
+    total_ptr,
+    A_ptr,
+    chunks,
+    d,
+    N,
+    directions,
+    REVERSE: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Scan over chunks, in place: row i of ``state`` holds what its predecessor adds, and then what enters chunk i."""
+    outer = tl.program_id(0)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    valid = lane < d * N
+    A2 = tl.load(A_ptr + (outer % directions) * d * N + lane, mask=valid, other=0.0) * LOG2E
+    base = outer.to(tl.int64) * chunks
+    carry = tl.zeros([LANES], tl.float32)
+    r = tl.arange(0, ROWS)
+    for start in range(0, chunks, ROWS):
+        step = start + r
+        row = chunks - 1 - step if REVERSE else step
+        inside = (step < chunks)[:, None] & valid[None, :]
+        written = inside & (step > 0)[:, None]
+        position = (base + row)[:, None]
+        total = tl.load(total_ptr + position * d + (lane // N)[None, :], mask=written, other=0.0)
+        state = tl.load(state_ptr + position * d * N + lane[None, :], mask=written, other=0.0)
+        decay, state = tl.associative_scan((tl.exp2(total * A2[None, :]), state), 0, _compose)
+        state += decay * carry[None, :]
+        tl.store(state_ptr + position * d * N + lane[None, :], state, mask=inside)
+        carry = tl.sum(tl.where((r == ROWS - 1)[:, None], state, 0.0), axis=0)
+
+
+def combine(state: Tensor, total: Tensor, A: Tensor, directions: int, reverse: bool) -> None:
+    """Turn chunk summaries ``state`` (..., chunks, d, N) into the states (``reverse``: adjoints) that enter each chunk."""
+    chunks, d, N = state.shape[-3:]
+    lanes = min(32, triton.next_power_of_2(d * N))
+    rows = min(64, max(2, triton.next_power_of_2(chunks)))
+    grid = (state.numel() // (chunks * d * N), ceil_div(d * N, lanes))
+    combine_kernel[grid](state, total, A, chunks, d, N, directions, reverse, lanes, rows, num_warps=4)
