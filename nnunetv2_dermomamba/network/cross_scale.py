@@ -1,0 +1,55 @@
+"""The encoder's Cross-Scale Mamba block: three dilated depthwise branches through one shared VSS block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ss2d import VSSBlock
+
+DILATIONS = (1, 2, 3)
+KERNEL = 7
+
+
+class AxialDepthwise(nn.Module):
+    """``x + dw3x3(dw7x1(dw1x7(x)))``, depthwise with one dilation, biased, "same" padding.
+
+    Shape:
+        (B, dim, H, W) to (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, dilation: int) -> None:
+        super().__init__()
+        options = {"dilation": dilation, "groups": dim, "padding": "same"}
+        self.conv_w = nn.Conv2d(dim, dim, (1, KERNEL), **options)
+        self.conv_h = nn.Conv2d(dim, dim, (KERNEL, 1), **options)
+        self.conv = nn.Conv2d(dim, dim, 3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.conv(self.conv_h(self.conv_w(x)))
+
+
+class CrossScaleMambaBlock(nn.Module):
+    """Channels in four: three dilated branches through a shared VSS block, the fourth unchanged; BatchNorm, ReLU.
+
+    The three branches share the VSS weights, so they are one batch of 3 B.
+
+    Args:
+        dim: channels, a multiple of 4.
+
+    Shape:
+        (B, dim, H, W) to (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(AxialDepthwise(dim // 4, dilation) for dilation in DILATIONS)
+        self.vss = VSSBlock(dim // 4)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        *chunks, rest = x.chunk(4, dim=1)
+        branches = torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
+        scanned = self.vss(branches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)))

@@ -1,0 +1,68 @@
+"""SS2D, the 2D selective-scan layer, and the VSS block around it (Liu et al., "VMamba", 2024)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_dermomamba.ops import selective_scan_2d
+
+STATE = 16
+"""States per channel, N (VMamba's default)."""
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+"""Initial step sizes are log-uniform between the first two and not below the third (Mamba's defaults)."""
+
+
+class SS2D(nn.Module):
+    """Four-direction selective scan between two projections, gated.
+
+    The scan's own parameters (``A_logs``, ``Ds``, ``dt_projs_weight``, ``dt_projs_bias``) are initialised here and are not
+    to be reset by a generic initialiser; ``A_logs`` and ``Ds`` take no weight decay.
+
+    Args:
+        dim: channels c; the scan runs on d = 2 c channels with a dt rank of R = ceil(c / 16).
+
+    Shape:
+        (B, H, W, c) to (B, H, W, c), channels last.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        inner, rank = 2 * dim, math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        projections = [nn.Linear(inner, rank + 2 * STATE, bias=False).weight for _ in range(4)]
+        self.x_proj_weight = nn.Parameter(torch.stack([weight.detach() for weight in projections]))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
+        dt = torch.exp(torch.empty(4, inner).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
+        self.dt_projs_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_logs = nn.Parameter(torch.arange(1.0, STATE + 1).log().repeat(4 * inner, 1))
+        self.Ds = nn.Parameter(torch.ones(4 * inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x, gate = self.in_proj(x).chunk(2, dim=-1)
+        x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        A = -torch.exp(self.A_logs.float())
+        y = selective_scan_2d(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)
+        return self.out_proj(self.out_norm(y) * F.silu(gate))
+
+
+class VSSBlock(nn.Module):
+    """``x + SS2D(LayerNorm(x))``, channels last; no drop path.
+
+    Shape:
+        (B, H, W, dim) to (B, H, W, dim).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.ss2d = SS2D(dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.ss2d(self.norm(x))

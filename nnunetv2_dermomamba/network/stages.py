@@ -1,0 +1,72 @@
+"""Encoder and decoder stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cross_scale import CrossScaleMambaBlock
+
+
+class ResMambaBlock(nn.Module):
+    """``LeakyReLU(InstanceNorm(conv3x3(y))) + scale * y`` with ``y = CrossScaleMambaBlock(x)``.
+
+    Shape:
+        (B, dim, H, W) to (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.block = CrossScaleMambaBlock(dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm = nn.InstanceNorm2d(dim, affine=True)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = self.block(x)
+        return F.leaky_relu(self.norm(self.conv(y)), 0.01) + self.scale * y
+
+
+class EncoderStage(nn.Module):
+    """Residual Mamba block, then a convolution to twice the channels; returns it pooled and as it is.
+
+    Shape:
+        (B, dim, H, W) to (B, 2 dim, H / 2, W / 2) and (B, 2 dim, H, W).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.res_mamba = ResMambaBlock(dim)
+        self.conv = nn.Conv2d(dim, 2 * dim, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2 * dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        skip = F.relu(self.norm(self.conv(self.res_mamba(x))))
+        return F.max_pool2d(skip, 2), skip
+
+
+class DecoderStage(nn.Module):
+    """Nearest upsampling, concatenation with the skip, 1x1 and 3x3 convolution, GELU, BatchNorm, in that order.
+
+    The 1x1 convolution commutes with nearest upsampling and splits over the concatenation, so its half for ``x`` runs at
+    the low resolution and nothing is concatenated.
+
+    Args:
+        dim: channels of ``x`` and of the skip; half of them leave.
+
+    Shape:
+        x (B, dim, H, W) and skip (B, dim, 2 H, 2 W) to (B, dim / 2, 2 H, 2 W).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fuse = nn.Conv2d(2 * dim, dim, 1)
+        self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1)
+        self.norm = nn.BatchNorm2d(dim // 2)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # noqa: D102
+        weight_x, weight_skip = self.fuse.weight.chunk(2, dim=1)
+        low = F.conv2d(x, weight_x, self.fuse.bias)
+        fused = F.interpolate(low, scale_factor=2, mode="nearest") + F.conv2d(skip, weight_skip)
+        return self.norm(F.gelu(self.conv(fused)))
