@@ -45,7 +45,7 @@ def convert_case(case: Case, folder: Path, shape: tuple[int, int] | None) -> dic
         photograph = read_photograph(case.image, shape)
     except ImageReadError as error:
         return Problem(case.case_id, (case.image,), error.reason)
-    labels = None
+    outputs = [photograph.image]
     if case.mask is not None:
         try:
             mask = _mask_of(case.mask, photograph)
@@ -54,9 +54,9 @@ def convert_case(case: Case, folder: Path, shape: tuple[int, int] | None) -> dic
         if mask.size[::-1] != photograph.original_shape:
             sizes = "image {1} x {0}, mask {2} x {3} pixels".format(*photograph.original_shape, *mask.size)
             return Problem(case.case_id, files, f"sizes differ: {sizes}")
-        labels = (mask if shape is None else resize_mask(mask, shape)).point([0] * 128 + [1] * 128)
+        outputs.append((mask if shape is None else resize_mask(mask, shape)).point([0] * 128 + [1] * 128))
 
-    for image, path in zip((photograph.image, labels), output_files(case), strict=False):
+    for image, path in zip(outputs, output_files(case), strict=True):
         write_png(image, folder / path)
     return {
         "case": case.case_id,

@@ -148,10 +148,8 @@ def _convert_cases(inventory: Inventory, partial: Path, options: Options) -> tup
     records, problems, todo = [], [], []
     for case in inventory.cases:
         entry = done.get(case.case_id)
-        whole = (
-            entry and entry["inputs"] == _fingerprint(case) and all((staging / p).exists() for p in output_files(case))
-        )
-        if whole:
+        whole = all((staging / path).exists() for path in output_files(case))
+        if whole and entry is not None and entry["inputs"] == _fingerprint(case):
             records.append(entry["record"])
         else:
             todo.append(case)

@@ -151,15 +151,13 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _open_without_blocking(path: str, flags: int) -> int:
-    import os
-
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if np.asarray(image)[..., 3].min() < 255:
             raise ImageReadError(path, "has translucent pixels, whose colour depends on the background; flatten it")
     if image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image), path))

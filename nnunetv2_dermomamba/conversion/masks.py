@@ -54,7 +54,8 @@ def _binary(image: Image.Image, path: str | Path) -> Image.Image:
     colour, alpha = image.convert("RGB"), image.getchannel("A")
     if alpha.getextrema() == (255, 255):
         return _from_colour(colour, path)
-    if all(low == high for low, high in colour.getextrema()):
+    pixels = np.asarray(colour)
+    if (pixels == pixels[0, 0]).all():
         return _from_grey(alpha, path)
     from_colour, from_alpha = _from_colour(colour, path), _from_grey(alpha, path)
     if from_colour.tobytes() != from_alpha.tobytes():
@@ -76,7 +77,7 @@ def _from_wide_grey(values: np.ndarray, path: str | Path) -> Image.Image:
     low, high = values.min(), values.max()
     if low == 0 and ((values == 0) | (values == high)).all():
         return Image.fromarray((values != 0).astype(np.uint8) * 255)
-    if low == high and high in (1, 65535):
+    if low == high and high in (1, 255, 65535):
         return Image.new("L", values.shape[::-1], 255)
     if values.dtype.kind == "f" or low < 0 or high > 65535:
         raise ImageReadError(path, "is a mask with values outside 16 bits; save it in black and white")
@@ -92,10 +93,10 @@ def _from_grey(grey: Image.Image, path: str | Path) -> Image.Image:
         return grey.point([0] + [255] * 255)
     values = np.asarray(grey)
     dark, light = values < 64, values >= 192
-    square = np.ones((3, 3), bool)
+    square: np.ndarray = np.ones((3, 3), bool)
     near_both = ndimage.binary_dilation(dark, square, CONTOUR_PIXELS) & ndimage.binary_dilation(
         light, square, CONTOUR_PIXELS
     )
-    if not (dark | light | near_both).all():
+    if not light.any() or not (dark | light | near_both).all():
         raise ImageReadError(path, f"is a mask with {len(levels)} grey values, not only along the contour")
     return grey.point([0] * 128 + [255] * 128)

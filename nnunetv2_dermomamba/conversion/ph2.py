@@ -53,7 +53,7 @@ def find_ph2(source: Path) -> Inventory:
         [(f.stem, f) for case in cases for f in _files(case / f"{case.name}{IMAGE_ENDING}")],
         [(f.stem.removesuffix(MASK_ENDING), f) for case in cases for f in _files(case / f"{case.name}{MASK_ENDING}")],
     )
-    known = {item.case_id for item in (*inventory.cases, *inventory.problems)}
+    known = {case.case_id for case in inventory.cases} | {problem.case_id for problem in inventory.problems}
     inventory.problems += [
         Problem(case.name, (case,), "neither image nor mask in its folder") for case in cases if case.name not in known
     ]
