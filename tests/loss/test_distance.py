@@ -137,12 +137,11 @@ import torch
 from nnunetv2_dermomamba.loss.distance import _opposite_distance
 from nnunetv2_dermomamba.loss.distance_triton import opposite_distance
 generator = torch.Generator().manual_seed(0)
-for shape in [(1, 1, 1), (2, 1, 33), (3, 17, 1), (2, 7, 9), (2, 18, 70), (1, 33, 5)]:
-    for density in (0, 0.05, 0.5, 1):
-        for ignored in (0, 0.3):
-            labels = (torch.rand(shape, generator=generator) < density).to(torch.uint8)
-            labels[torch.rand(shape, generator=generator) < ignored] = 2
-            assert torch.equal(opposite_distance(labels), _opposite_distance(labels)), (shape, density, ignored)
+for shape in [(1, 1, 1), (1, 1, 33), (2, 17, 1), (2, 5, 9), (1, 18, 70)]:
+    for density, ignored in ((0, 0), (0.05, 0), (0.5, 0.3), (1, 0), (1, 0.3)):
+        labels = (torch.rand(shape, generator=generator) < density).to(torch.uint8)
+        labels[torch.rand(shape, generator=generator) < ignored] = 2
+        assert torch.equal(opposite_distance(labels), _opposite_distance(labels)), (shape, density, ignored)
 """
 
 
