@@ -1,0 +1,356 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nnunetv2_dermomamba.conversion import dataset
+from nnunetv2_dermomamba.conversion.isic2018 import main
+
+NAME = "Dataset118_ISIC2018"
+
+
+@pytest.fixture
+def raw(nnunet):
+    return nnunet / "nnUNet_raw"
+
+
+def convert(isic, *options, workers=1):
+    return main(["--source", str(isic.root), "--size", "24x32", "--workers", str(workers), *options])
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def make_bad(isic):
+    """Eight kinds of bad cases; returns what the message must say of each."""
+    isic.add(*(f"bad{number}" for number in range(1, 8)))
+    image, mask = zip(*(isic.files(f"bad{number}") for number in range(1, 8)), strict=True)
+    image[0].write_bytes(image[0].read_bytes()[:700])
+    mask[1].unlink()
+    image[2].unlink()
+    Image.open(mask[3]).resize((50, 50)).save(mask[3])
+    Image.new("L", (96, 72)).save(mask[4])
+    Image.linear_gradient("L").resize((96, 72)).save(mask[5])
+    Image.open(image[6]).save(image[6].with_suffix(".png"))
+    return {
+        "bad1": "truncated",
+        "bad2": "without mask",
+        "bad3": "without image",
+        "bad4": "sizes differ",
+        "bad5": "no lesion",
+        "bad6": "grey values",
+        "bad7": "more than once",
+    }
+
+
+def test_all_bad_cases_are_listed_together(isic, raw, capsys):
+    isic.add("good")
+    expected = make_bad(isic)
+    assert convert(isic) == 1
+    message = capsys.readouterr().err
+    assert "7 bad cases" in message
+    for case, reason in expected.items():
+        line = next(line for line in message.splitlines() if line.startswith(f"  '{case}'"))
+        assert reason in line
+        assert str(isic.root) in line
+    assert "good" not in message
+    assert not (raw / NAME).exists()
+
+
+def test_skip_bad_lists_them_in_a_file(isic, raw, capsys):
+    isic.add("good")
+    expected = make_bad(isic)
+    assert convert(isic, "--skip-bad") == 0
+    lines = (raw / NAME / "skipped_cases.txt").read_text().splitlines()
+    assert [(line.split("'")[1], reason in line) for line, reason in zip(lines, expected.values(), strict=True)] == [
+        (case, True) for case in expected
+    ]
+    assert os.listdir(raw / NAME / "imagesTr") == ["good_0000.png"]
+    assert json.loads((raw / NAME / "dataset.json").read_text())["numTraining"] == 1
+    assert "7 bad cases were left out" in capsys.readouterr().out
+
+
+def test_nothing_good_left(isic, raw, capsys):
+    make_bad(isic)
+    assert convert(isic, "--skip-bad") == 1
+    assert "no training case" in capsys.readouterr().err
+    assert not (raw / NAME).exists()
+
+
+def test_mending_the_source_reconverts_only_what_changed(isic, raw, monkeypatch):
+    isic.add("a", "b", "c")
+    image = isic.files("b")[0]
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    assert convert(isic) == 1
+    image.write_bytes(whole)
+    isic.files("c")[0].unlink()
+    isic.files("c")[1].unlink()
+    converted = []
+    real = dataset.convert_case
+    monkeypatch.setattr(
+        dataset, "convert_case", lambda case, *rest: converted.append(case.case_id) or real(case, *rest)
+    )
+    assert convert(isic) == 0
+    assert converted == ["b"]
+    assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png"]
+    assert os.listdir(raw) == [NAME]
+
+
+def test_another_size_starts_again(isic, raw):
+    isic.add("a", "b")
+    isic.files("b")[0].write_bytes(b"")
+    assert convert(isic) == 1
+    assert convert(isic, "--size", "12x16", "--skip-bad") == 0
+    assert Image.open(raw / NAME / "imagesTr" / "a_0000.png").size == (16, 12)
+
+
+def test_existing_data_set_is_kept_unless_overwrite_succeeds(isic, raw, capsys):
+    isic.add("a")
+    assert convert(isic) == 0
+    before = contents(raw)
+    assert convert(isic, "--size", "12x16") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert contents(raw) == before
+    isic.add("b")
+    mask = isic.files("b")[1]
+    mask.rename(mask.with_name("z_segmentation.png"))
+    assert convert(isic, "--overwrite") == 1
+    assert contents(raw / NAME) == contents(raw / NAME) | {k.removeprefix(f"{NAME}/"): v for k, v in before.items()}
+    mask.with_name("z_segmentation.png").rename(mask)
+    assert convert(isic, "--overwrite") == 0
+    assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png"]
+    assert os.listdir(raw) == [NAME]
+
+
+def test_a_linked_data_set_folder_is_replaced_not_followed(isic, raw, tmp_path):
+    isic.add("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").touch()
+    raw.mkdir()
+    (raw / NAME).symlink_to(tmp_path / "elsewhere")
+    assert convert(isic) == 1
+    assert convert(isic, "--overwrite") == 0
+    assert not (raw / NAME).is_symlink()
+    assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+def test_a_kill_between_the_two_renames_is_mended(isic, raw):
+    isic.add("a")
+    assert convert(isic) == 0
+    before = contents(raw / NAME)
+    (raw / NAME).rename(raw / f".{NAME}.replaced")
+    assert convert(isic) == 1
+    assert contents(raw / NAME) == before
+
+
+def test_a_taken_number_is_refused(isic, raw, capsys):
+    isic.add("a")
+    (raw / "Dataset118_Other").mkdir(parents=True)
+    assert convert(isic) == 1
+    assert "Dataset118_Other" in capsys.readouterr().err
+    assert convert(isic, "--dataset-id", "7") == 0
+    assert (raw / "Dataset007_ISIC2018").is_dir()
+
+
+def test_nnunet_raw_unset(isic, nnunet, monkeypatch, capsys):
+    isic.add("a")
+    monkeypatch.delenv("nnUNet_raw")
+    assert convert(isic) == 1
+    assert "export nnUNet_raw" in capsys.readouterr().err
+
+
+def test_no_write_permission(isic, nnunet, monkeypatch, capsys):
+    isic.add("a")
+    for folder in ("/proc/nnUNet_raw", isic.files("a")[0]):
+        monkeypatch.setenv("nnUNet_raw", str(folder))
+        assert convert(isic) == 1
+        assert str(folder) in capsys.readouterr().err
+
+
+def test_two_conversions_at_once(isic, raw, capsys):
+    isic.add("a")
+    partial = raw / f".{NAME}.partial"
+    partial.mkdir(parents=True)
+    with dataset._locked(partial):
+        assert convert(isic) == 1
+    assert "another conversion" in capsys.readouterr().err
+    assert convert(isic) == 0
+
+
+def test_a_full_disk_leaves_no_half_file(isic, raw, capsys):
+    isic.add("a", "b")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # a write beyond it is cut short, then fails
+    try:
+        assert convert(isic, "--size", "96x128") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "run again to go on" in capsys.readouterr().err
+    assert not (raw / NAME).exists()
+    for file in raw.rglob("*.png"):
+        Image.open(file).load()
+    assert not list(raw.rglob("*writing*"))
+    assert convert(isic) == 0
+
+
+@pytest.mark.parametrize("name", ["with  space", "two\nlines", "黒子-ﻥ-é", "x" * 230, "a'b\"$(c)*?", "-v", "a.b..c"])
+def test_weird_names(isic, raw, name):
+    isic.add(name)
+    assert convert(isic) == 0
+    assert os.listdir(raw / NAME / "imagesTr") == [f"{name}_0000.png"]
+    assert os.listdir(raw / NAME / "labelsTr") == [f"{name}.png"]
+
+
+def test_a_name_that_is_no_text(isic, raw, capsys):
+    isic.add("a")
+    for file, copy in zip(isic.files("a"), isic.files("\udcff"), strict=True):
+        copy.write_bytes(file.read_bytes())
+    assert convert(isic) == 1
+    assert "not valid Unicode" in capsys.readouterr().err
+    assert convert(isic, "--skip-bad") == 0
+    assert "Unicode" in (raw / NAME / "skipped_cases.txt").read_text()
+
+
+def test_links_are_followed_and_broken_ones_named(isic, raw, tmp_path, capsys):
+    isic.add("a", "b")
+    image = isic.files("a")[0]
+    image.rename(tmp_path / "real.jpg")
+    image.symlink_to(tmp_path / "real.jpg")
+    broken = isic.files("b")[0]
+    broken.unlink()
+    broken.symlink_to("nowhere")
+    assert convert(isic) == 1
+    message = capsys.readouterr().err
+    assert str(broken) in message
+    assert "No such file" in message
+    assert convert(isic, "--skip-bad") == 0
+
+
+@pytest.mark.parametrize(
+    "options", [["--size", "192"], ["--size", "0x5"], ["--workers", "0"], ["--dataset-id", "1000"]]
+)
+def test_wrong_command_line(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_help_suffices(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("source", "dataset-id", "size", "workers", "overwrite", "skip-bad", "download", "paper-split"):
+        assert f"--{option}" in text
+
+
+def run_in_process(isic, *options, **popen):
+    command = [sys.executable, "-m", "nnunetv2_dermomamba.conversion.isic2018", "--source", str(isic.root)]
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def descendants(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    return [int(child) for child in found]
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def enlarge(isic, count, shape=(600, 800)):
+    rng = np.random.default_rng(1)
+    for number in range(count):
+        image, mask = (file for file in isic.files(f"ISIC_{number:07d}"))
+        for file in (image, mask):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(image)
+        lesion = np.zeros(shape, np.uint8)
+        lesion[100:300, 100 : 200 + number] = 255
+        Image.fromarray(lesion).save(mask)
+
+
+def test_workers_give_what_one_process_gives(isic, raw):
+    isic.add(*"abcdef")
+    assert convert(isic) == 0
+    expected = contents(raw / NAME)
+    assert convert(isic, "--overwrite", workers=2) == 0
+    assert contents(raw / NAME) == expected
+
+
+def test_the_conversion_imports_no_torch():
+    code = "import sys, nnunetv2_dermomamba.conversion.isic2018; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_killed_and_run_again(isic, raw):
+    enlarge(isic, 60)
+    assert main(["--source", str(isic.root), "--workers", "1"]) == 0
+    expected = contents(raw / NAME)
+    (raw / NAME).rename(raw / "expected")
+    process = run_in_process(isic, "--workers", "2", "--size", "192x256")
+    partial = raw / f".{NAME}.partial"
+    wait_for(lambda: len(list(partial.rglob("labelsTr/*.png"))) >= 10)
+    workers = descendants(process.pid)
+    assert workers
+    process.kill()
+    process.wait()
+    assert not (raw / NAME).exists()
+    wait_for(lambda: not any(alive(worker) for worker in workers))
+    assert run_in_process(isic, "--workers", "2").wait() == 0
+    assert contents(raw / NAME) == expected
+    assert sorted(os.listdir(raw)) == [NAME, "expected"]
+
+
+def test_interrupted(isic, raw):
+    enlarge(isic, 60)
+    process = run_in_process(isic, "--workers", "2", start_new_session=True)
+    partial = raw / f".{NAME}.partial"
+    wait_for(lambda: len(list(partial.rglob("labelsTr/*.png"))) >= 5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, message = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "run again to go on" in message
+    assert "Traceback" not in message
+    assert not (raw / NAME).exists()
+    assert run_in_process(isic).wait() == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_a_random_moment_of_overwriting(isic, raw, seed):
+    enlarge(isic, 25)
+    assert main(["--source", str(isic.root), "--workers", "1", "--size", "24x32"]) == 0
+    old = contents(raw / NAME)
+    process = run_in_process(isic, "--workers", "1", "--overwrite")
+    time.sleep(np.random.default_rng(seed).uniform(0.2, 1.5))
+    process.kill()
+    process.wait()
+    code = run_in_process(isic, "--workers", "1").wait()  # without --overwrite: must put right, and change nothing
+    assert code == 1
+    now = contents(raw / NAME)
+    assert now == old or json.loads(now["dataset.json"])["dermomamba_conversion"]["size"] == [192, 256]
+    assert len(now) == len(old)
+    assert run_in_process(isic, "--workers", "1", "--overwrite").wait() == 0
+    assert os.listdir(raw) == [NAME]
