@@ -1,7 +1,7 @@
 """Exact Euclidean distance from each pixel to the nearest pixel of the opposite label, where the tensor is."""
 
 import functools
-import importlib
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -32,14 +32,16 @@ def _opposite_distance_torch(labels: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _triton_kernel() -> Callable[[torch.Tensor], torch.Tensor]:
+def _cuda_distance() -> Callable[[torch.Tensor], torch.Tensor]:
     """The Triton path, or plain PyTorch where Triton is not installed (CUDA on Windows)."""
     try:
-        return importlib.import_module("nnunetv2_dermomamba.loss.distance_triton").opposite_distance
+        from nnunetv2_dermomamba.loss.distance_triton import opposite_distance
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
+        warnings.warn("Triton is not installed: the Guide Fusion Loss takes a slower distance transform", stacklevel=2)
         return _opposite_distance_torch
+    return opposite_distance
 
 
 @torch.library.custom_op("dermomamba::opposite_distance", mutates_args=())
@@ -49,7 +51,7 @@ def _opposite_distance(labels: torch.Tensor) -> torch.Tensor:
 
 @_opposite_distance.register_kernel("cuda")
 def _(labels: torch.Tensor) -> torch.Tensor:
-    return _triton_kernel()(labels.contiguous())
+    return _cuda_distance()(labels.contiguous())
 
 
 @_opposite_distance.register_kernel("cpu")
