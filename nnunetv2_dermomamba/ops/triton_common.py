@@ -5,7 +5,7 @@ it first writes the rows that the walk needs (step size ``delta``, ``w = delta x
 small scratch of its own, which stays in the cache, and then walks the ``T`` steps with the states of its segments and
 channels in registers. The reason for the scratch: Triton cannot index a tile by a run-time position.
 
-A walk's tile is ``[R, LX, N]``: ``LX`` runs over (segment, channel group) and fills the warps together with ``N``, and
+A walk's tile is ``[LX, R, N]``: ``LX`` runs over (segment, channel group) and fills the warps together with ``N``, and
 the ``R`` channels of a group are held by one thread, so that sums over channels (for dB and dC) mostly need no
 exchange between threads.
 """
@@ -103,16 +103,16 @@ def softplus_slope(delta):
 
 @triton.jit
 def walk_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
-    """Channel ``[R, LX]``, segment ``[LX]`` and state ``[NP]`` of the walk's tile."""
+    """Channel ``[LX, R]``, segment ``[LX]`` and state ``[NP]`` of the walk's tile."""
     lx = tl.arange(0, S * (DP // R))
     r = tl.arange(0, R)
-    channel = (lx % (DP // R))[None, :] * R + r[:, None]
+    channel = (lx % (DP // R))[:, None] + r[None, :] * (DP // R)
     return channel, lx // (DP // R), tl.arange(0, NP)
 
 
 @triton.jit
 def load_decay(A_ptr, channel, n, d, N):
-    """``A log2(e)`` as ``[R, LX, NP]``; 0 (no decay) where padded."""
+    """``A log2(e)`` as ``[LX, R, NP]``; 0 (no decay) where padded."""
     mask = (channel < d)[:, :, None] & (n < N)[None, None, :]
     return tl.load(A_ptr + channel[:, :, None] * N + n[None, None, :], mask=mask, other=0.0) * LOG2E
 
@@ -142,15 +142,15 @@ def walk_summary(
     if ADJOINT:
         row += T - 1
     for _ in range(T):
-        delta = tl.load(delta_ptr + row[None, :] * DP + channel)
-        v = tl.load(v_ptr + row[None, :] * DP + channel)
+        delta = tl.load(delta_ptr + row[:, None] * DP + channel)
+        v = tl.load(v_ptr + row[:, None] * DP + channel)
         m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
         a = tl.exp2(delta[:, :, None] * A2)
         if ADJOINT:
-            h = (h + v[:, :, None] * m[None, :, :]) * a
+            h = (h + v[:, :, None] * m[:, None, :]) * a
             row -= 1
         else:
-            h = h * a + v[:, :, None] * m[None, :, :]
+            h = h * a + v[:, :, None] * m[:, None, :]
             row += 1
         total += delta
     return h, total
@@ -163,12 +163,12 @@ def walk_output(
     """``y = <C, h>`` of every position, written over w."""
     row = segment * T
     for _ in range(T):
-        delta = tl.load(delta_ptr + row[None, :] * DP + channel)
-        w = tl.load(w_ptr + row[None, :] * DP + channel)
+        delta = tl.load(delta_ptr + row[:, None] * DP + channel)
+        w = tl.load(w_ptr + row[:, None] * DP + channel)
         b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
         c = tl.load(bc_ptr + NP + row[:, None] * (2 * NP) + n[None, :])
-        h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[None, :, :]
-        tl.store(w_ptr + row[None, :] * DP + channel, tl.sum(h * c[None, :, :], axis=2))
+        h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
+        tl.store(w_ptr + row[:, None] * DP + channel, tl.sum(h * c[:, None, :], axis=2))
         row += 1
 
 
@@ -187,15 +187,15 @@ def walk_back(
     part = tl.arange(0, S * GROUPS // E)
     part_segment = part // (GROUPS // E)
     part_group = part % (GROUPS // E)
-    state = ((segment[None, :] * DP + channel) * NP)[:, :, None] + n[None, None, :]
+    state = ((segment[:, None] * DP + channel) * NP)[:, :, None] + n[None, None, :]
     row = segment * T
     for block in range(T // UNROLL):
         tl.store(checkpoint_ptr + block * (S * DP * NP) + state, h)
         for _ in tl.static_range(UNROLL):
-            delta = tl.load(delta_ptr + row[None, :] * DP + channel)
-            w = tl.load(w_ptr + row[None, :] * DP + channel)
+            delta = tl.load(delta_ptr + row[:, None] * DP + channel)
+            w = tl.load(w_ptr + row[:, None] * DP + channel)
             b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
-            h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[None, :, :]
+            h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
             row += 1
     tl.debug_barrier()
     dA = tl.zeros_like(A2)
@@ -206,31 +206,30 @@ def walk_back(
         hs = (h,)
         decays = ()
         for i in tl.static_range(UNROLL):
-            delta = tl.load(delta_ptr + (row + i)[None, :] * DP + channel)
-            w = tl.load(w_ptr + (row + i)[None, :] * DP + channel)
+            delta = tl.load(delta_ptr + (row + i)[:, None] * DP + channel)
+            w = tl.load(w_ptr + (row + i)[:, None] * DP + channel)
             b = tl.load(bc_ptr + (row + i)[:, None] * (2 * NP) + n[None, :])
             a = tl.exp2(delta[:, :, None] * A2)
-            h = h * a + w[:, :, None] * b[None, :, :]
+            h = h * a + w[:, :, None] * b[:, None, :]
             hs = hs + (h,)
             decays = decays + (a,)
-        for j in tl.static_range(UNROLL):
-            i: tl.constexpr = UNROLL - 1 - j
+        for i in tl.static_range(UNROLL - 1, -1, -1):
             here = row + i
-            delta = tl.load(delta_ptr + here[None, :] * DP + channel)
-            w = tl.load(w_ptr + here[None, :] * DP + channel)
-            dy = tl.load(dy_ptr + here[None, :] * DP + channel)
+            delta = tl.load(delta_ptr + here[:, None] * DP + channel)
+            w = tl.load(w_ptr + here[:, None] * DP + channel)
+            dy = tl.load(dy_ptr + here[:, None] * DP + channel)
             b = tl.load(bc_ptr + here[:, None] * (2 * NP) + n[None, :])
             c = tl.load(bc_ptr + NP + here[:, None] * (2 * NP) + n[None, :])
-            g += dy[:, :, None] * c[None, :, :]
-            dc = tl.sum(dy[:, :, None] * hs[i + 1], axis=0)
-            db = tl.sum(w[:, :, None] * g, axis=0)
-            by_input = tl.sum(g * b[None, :, :], axis=2)
+            g += dy[:, :, None] * c[:, None, :]
+            dc = tl.sum(dy[:, :, None] * hs[i + 1], axis=1)
+            db = tl.sum(w[:, :, None] * g, axis=1)
+            by_input = tl.sum(g * b[:, None, :], axis=2)
             g *= decays[i]
             q = g * hs[i]
             dA += q * delta[:, :, None]
             by_decay = tl.sum(q * A2, axis=2) * LN2
-            tl.store(w_ptr + here[None, :] * DP + channel, by_input)
-            tl.store(dy_ptr + here[None, :] * DP + channel, by_decay)
+            tl.store(w_ptr + here[:, None] * DP + channel, by_input)
+            tl.store(dy_ptr + here[:, None] * DP + channel, by_decay)
             out = ((part_segment * T + block * UNROLL + i) * (GROUPS // E) + part_group) * (2 * NP)
             db = tl.sum(tl.reshape(db, [S * GROUPS // E, E, NP]), axis=1)
             dc = tl.sum(tl.reshape(dc, [S * GROUPS // E, E, NP]), axis=1)

@@ -62,7 +62,7 @@ def _copy_rows(source_ptr, row_ptr, base, length, N, start, P: tl.constexpr, NP:
 @triton.jit
 def summary_kernel(
     v_ptr, delta_ptr, A_ptr, M_ptr, bias_ptr, state_ptr, total_ptr, scratch_ptr,
-    items, length, dim, group_dim, N, groups, blocks, programs_per_row, chunks,
+    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
@@ -94,8 +94,8 @@ def summary_kernel(
         state, total = walk_summary(delta_row, v_row, m_row, A2, channel, segment, n, ADJOINT, DP, NP, T)
         chunk = q * S + segment + (-1 if ADJOINT else 1)
         inside = (chunk >= 0) & (chunk < chunks)
-        at = (batch * chunks + chunk)[None, :] * dim + first + channel
-        keep = inside[None, :] & (channel < d)
+        at = (batch * chunks + chunk)[:, None] * dim + first + channel
+        keep = inside[:, None] & (channel < d)
         tl.store(total_ptr + at, total, mask=keep)
         tl.store(
             state_ptr + at[:, :, None] * N + n[None, None, :], state, mask=keep[:, :, None] & (n < N)[None, None, :]
@@ -106,7 +106,7 @@ def summary_kernel(
 @triton.jit
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, y_ptr, scratch_ptr,
-    items, length, dim, group_dim, N, groups, blocks, programs_per_row, chunks,
+    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def forward_kernel(
         _copy_rows(C_ptr, bc_row + NP, row.to(tl.int64) * N * length, length, N, q * P, P, NP)
         tl.debug_barrier()
         A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        at = ((batch * chunks + q * S + segment)[None, :] * dim + first + channel)[:, :, None] * N + n[None, None, :]
+        at = ((batch * chunks + q * S + segment)[:, None] * dim + first + channel)[:, :, None] * N + n[None, None, :]
         h = tl.load(state_ptr + at, mask=(channel < d)[:, :, None] & (n < N)[None, None, :], other=0.0)
         walk_output(delta_row, w_row, bc_row, h, A2, channel, segment, n, DP, NP, T)
         tl.debug_barrier()
@@ -150,7 +150,7 @@ def forward_kernel(
 def backward_kernel(
     dy_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, adjoint_ptr,
     du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, scratch_ptr,
-    items, length, dim, group_dim, N, groups, blocks, programs_per_row, chunks,
+    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def backward_kernel(
         _copy_rows(C_ptr, bc_row + NP, row.to(tl.int64) * N * length, length, N, q * P, P, NP)
         tl.debug_barrier()
         A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        at = ((batch * chunks + q * S + segment)[None, :] * dim + first + channel)[:, :, None] * N + n[None, None, :]
+        at = ((batch * chunks + q * S + segment)[:, None] * dim + first + channel)[:, :, None] * N + n[None, None, :]
         keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
         h = tl.load(state_ptr + at, mask=keep, other=0.0)
         g = tl.load(adjoint_ptr + at, mask=keep, other=0.0)
@@ -216,8 +216,8 @@ def backward_kernel(
         )
         tl.debug_barrier()
         part = batch * programs_per_row + q
-        dA = tl.sum(tl.reshape(dA, [R, S, DP // R, NP]), axis=1)
-        head = tl.arange(0, DP // R)[None, :] * R + tl.arange(0, R)[:, None]
+        dA = tl.sum(tl.reshape(dA, [S, DP // R, R, NP]), axis=0)
+        head = tl.arange(0, DP // R)[:, None] + tl.arange(0, R)[None, :] * (DP // R)
         at = (part * dim + first + head)[:, :, None] * N + n[None, None, :]
         tl.store(dA_ptr + at, dA, mask=(head < d)[:, :, None] & (n < N)[None, None, :])
         delta = tl.trans(tl.load(delta_row + p[:, None] * DP + cc[None, :]))
