@@ -1,0 +1,1 @@
+"""Scores of predicted masks against the truth, and their report; imports nothing."""

@@ -1,0 +1,52 @@
+"""The ``dermomamba`` command.
+
+Each sub-command is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nnunetv2_dermomamba import __version__
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "predict": ("nnunetv2_dermomamba.predict.cli", "masks from photographs"),
+    "evaluate": ("nnunetv2_dermomamba.evaluation.cli", "figures and a report from masks"),
+    "info": ("nnunetv2_dermomamba.info", "the network's size and cost, and what it would run on"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Returns:
+        Exit status: 0 for success, 1 if some cases were not done, 2 if nothing was.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="dermomamba", description="DermoMamba: skin lesions from dermoscopy photographs."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    called = argv[0] if argv and argv[0] in COMMANDS else None
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == called:
+            module = importlib.import_module(module_name)
+            command.description = module.__doc__
+            module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

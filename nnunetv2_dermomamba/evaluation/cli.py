@@ -1,0 +1,127 @@
+"""Score a folder of masks against the truth: a table, CSV and JSON.
+
+Masks are PNG, BMP, TIFF or NIfTI with 0 and 1, or 0 and 255 (several classes: --labels). Folders are searched with
+their sub-folders. A case's name is its path without extension and without _mask, _segmentation, _lesion, _prediction
+and the like, so ISIC_0000000_mask.png is scored against ISIC_0000000_segmentation.png.
+
+Figures, in the order of the paper's table (parameters, operations, DSC, IoU, precision, recall):
+  mean of images        each image counts once; 95 % interval by bootstrap over images
+  pooled over pixels    one figure from the pixel counts of all images (VM-UNet and its kin); large images weigh more
+  as the authors' code  with --probabilities: soft Dice, IoU of the mask, precision and recall at a logit of 0.5
+
+Defined as follows:
+  both masks empty      DSC, IoU, precision, recall, distances, boundary F1 undefined: left out of the mean and counted
+                        (as nnUNetv2_evaluate_folder); thresholded Jaccard 1 (as the ISIC challenge's scorer)
+  one mask empty        DSC, IoU, precision, recall, boundary F1 are 0, distances the image's diagonal
+  thresholded Jaccard   IoU, but 0 below 0.65 (ISIC 2018)
+  HD95, ASSD            in pixels of the ground truth, between contours
+  boundary F1           contours within 0.75 % of the image's diagonal of each other agree
+  no prediction         listed, not in the figures, exit status 1 (--missing)
+  no ground truth       listed, not scored
+  sizes differ          listed, not in the figures, exit status 1 (--resize)
+  unreadable            listed, not in the figures, exit status 1
+
+Exit status: 0 if every case was scored, 1 if some were not, 2 if nothing was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dermomamba evaluate``."""
+    parser.add_argument("-p", "--predictions", type=Path, required=True, metavar="FOLDER", help="predicted masks")
+    parser.add_argument("-g", "--ground-truth", type=Path, required=True, metavar="FOLDER", help="true masks")
+    parser.add_argument("-l", "--labels", type=int, nargs="+", metavar="N", help="foreground classes (default: binary)")
+    parser.add_argument(
+        "--probabilities",
+        type=Path,
+        metavar="FOLDER",
+        help="probability maps, 16-bit PNG or nnU-Net's .npz: adds the soft Dice",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="another method's masks, or the --csv of its evaluation: adds paired Wilcoxon p-values",
+    )
+    parser.add_argument(
+        "--missing",
+        choices=("fail", "empty", "skip"),
+        default="fail",
+        help="a ground truth without prediction: leave out and exit with 1 (fail), score as an empty mask (empty), "
+        "or leave out (skip); listed in any case",
+    )
+    parser.add_argument("--resize", action="store_true", help="bring predictions of another size to the ground truth's")
+    parser.add_argument(
+        "--boundary-tolerance", type=float, default=0.75, metavar="PERCENT", help="of the diagonal (default: 0.75)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one row per case and class")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    parser.add_argument(
+        "-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``dermomamba evaluate``; returns the exit status."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    try:
+        return _run(args)
+    except BrokenProcessPool:
+        return _error(f"a worker process was killed, most likely for memory; use fewer than -np {args.np}")
+    except (ValueError, OSError) as error:
+        return _error(str(error))
+
+
+def _error(message: str) -> int:
+    print(f"dermomamba evaluate: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    from nnunetv2_dermomamba.evaluation import output
+    from nnunetv2_dermomamba.evaluation.evaluate import MISSING, Settings, evaluate
+
+    settings = Settings(
+        labels=tuple(sorted(set(args.labels))) if args.labels else None,
+        missing_as_empty=args.missing == "empty",
+        resize=args.resize,
+        tolerance=args.boundary_tolerance / 100,
+    )
+    shared = {"settings": settings, "processes": args.np, "progress": True}
+    evaluation = evaluate(
+        args.predictions,
+        args.ground_truth,
+        probabilities=args.probabilities,
+        **shared,
+    )
+    if args.against:
+        is_table = args.against.suffix.lower() == ".csv"
+        other = output.read_csv(args.against) if is_table else evaluate(args.against, args.ground_truth, **shared).frame
+        evaluation.against(other)
+    print(output.format_table(evaluation))
+    if args.csv:
+        output.write_csv(evaluation, args.csv)
+    if args.json:
+        output.write_json(evaluation, args.json)
+    return int(_is_incomplete(evaluation.frame, tolerated=MISSING if args.missing != "fail" else None))
+
+
+def _is_incomplete(frame: pd.DataFrame, tolerated: str | None) -> bool:
+    """Whether a case was not scored (but for the status ``tolerated``) or not from all that was asked for."""
+    from nnunetv2_dermomamba.evaluation.evaluate import SCORED
+
+    scored = frame["status"] == SCORED
+    return bool((~scored & (frame["status"] != tolerated)).any() or (frame.loc[scored, "message"] != "").any())

@@ -1,0 +1,242 @@
+"""Tables for the terminal, CSV and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nnunetv2_dermomamba import __version__
+from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, PER_IMAGE, POOLED
+from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
+
+__all__ = ["METRICS", "Cost", "Metric", "as_dict", "format_table", "read_csv", "write_csv", "write_json", "write_text"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: its title, its factor (100 for per cent) and whether small is good."""
+
+    title: str
+    factor: float = 100
+    unit: str = "%"
+    small_is_good: bool = False
+
+    def show(self, value: float | None) -> str:
+        """The value as text, ``-`` where it is undefined."""
+        if value is None or math.isnan(value):
+            return "-"
+        return f"{value * self.factor:.2f}"
+
+
+METRICS = {
+    "dice": Metric("DSC"),
+    "iou": Metric("IoU"),
+    "precision": Metric("Precision"),
+    "recall": Metric("Recall"),
+    "specificity": Metric("Specificity"),
+    "thresholded_jaccard": Metric("Thresholded Jaccard"),
+    "hd95": Metric("HD95", 1, "px", True),
+    "assd": Metric("ASSD", 1, "px", True),
+    "boundary_f1": Metric("Boundary F1"),
+    "soft_dice": Metric("Soft DSC"),
+    "authors_precision": Metric("Precision, logit 0.5"),
+    "authors_recall": Metric("Recall, logit 0.5"),
+}
+PAPER = ["dice", "iou", "precision", "recall"]
+KINDS = {
+    PER_IMAGE: "mean of images",
+    POOLED: "pooled over pixels",
+    AUTHORS: "as the authors' code",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network's size: parameters, and multiply-adds plus state updates for one image of the patch size."""
+
+    parameters: int
+    operations: int
+
+
+def format_table(evaluation: Evaluation, cost: Cost | None = None) -> str:
+    """The evaluation as text: the paper's table, then every metric, then what was not scored."""
+    blocks = []
+    for label in evaluation.settings.classes:
+        heading = f"Class {label}\n" if len(evaluation.settings.classes) > 1 else ""
+        blocks.append(heading + _columns(_paper_rows(evaluation, label, cost)))
+        blocks.append(_columns(_metric_rows(evaluation, label)))
+    return "\n\n".join([*blocks, "\n".join(remarks(evaluation))]) + "\n"
+
+
+def _paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[list[str]]:
+    size = [f"{cost.parameters / 1e6:.2f}", f"{cost.operations / 1e9:.2f}"] if cost else ["n/a", "n/a"]
+    rows = [["", "Params (M)", "Ops (G)", *(METRICS[metric].title for metric in PAPER)]]
+    for kind, title in KINDS.items():
+        if kind not in evaluation.figures[label]:
+            continue
+        figures = evaluation.figures[label][kind]
+        rows.append([title, *size, *(METRICS[m].show(figures[m].value) for m in PAPER)])
+        rows.append(["  95 % interval", "", "", *(_interval(m, figures[m]) for m in PAPER)])
+    return rows
+
+
+def _metric_rows(evaluation: Evaluation, label: int) -> list[list[str]]:
+    differences = evaluation.differences.get(label, {})
+    rows = [["Per image", "", "mean", "95 % interval", "sd", "median", "images", "undefined"]]
+    if differences:
+        rows[0] += ["other's mean", "p (Wilcoxon)"]
+    for name, figure in evaluation.figures[label][PER_IMAGE].items():
+        metric = METRICS[name]
+        shown = [metric.show(v) for v in (figure.sd, figure.median)]
+        row = [metric.title, metric.unit, metric.show(figure.value), _interval(name, figure), *shown]
+        row += [str(figure.n), str(figure.undefined)]
+        if name in differences:
+            row += [metric.show(differences[name].other), show_p(differences[name].p)]
+        rows.append(row)
+    return rows
+
+
+def show_p(p: float) -> str:
+    """A p-value as text."""
+    if math.isnan(p):
+        return "-"
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _interval(name: str, figure: Any) -> str:
+    metric = METRICS[name]
+    return f"{metric.show(figure.low)} to {metric.show(figure.high)}"
+
+
+def remarks(evaluation: Evaluation) -> list[str]:
+    """What does not show in the figures: cases left out, empty masks, files left over."""
+    pairing, frame = evaluation.pairing, evaluation.frame
+    cases = frame.drop_duplicates("case")
+    scored = int((cases["status"] == SCORED).sum())
+    lines = [f"{scored} of {len(cases)} cases scored."]
+    missing = cases.loc[cases["status"] == MISSING, "case"].tolist()
+    treatment = "scored as empty masks" if evaluation.settings.missing_as_empty else "not in the figures"
+    lines += _list(f"Without prediction, {treatment}", missing)
+    lines += [f"Failed, not in the figures: {m}" for m in cases.loc[cases["status"] == FAILED, "message"]]
+    lines += _list("Incomplete", cases.loc[(cases["status"] == SCORED) & (cases["message"] != ""), "message"].tolist())
+    lines += _list("Predictions without ground truth, not scored", list(pairing.extra))
+    lines += _list("Files that are no masks, ignored", [str(path) for path in pairing.ignored])
+    for label in evaluation.settings.classes:
+        rows = evaluation.of(label)
+        lines += _list("Empty prediction, empty ground truth", _where(rows, 0, 0))
+        lines += _list("Empty prediction", _where(rows, 0, 1))
+        lines += _list("Empty ground truth", _where(rows, 1, 0))
+    return lines
+
+
+def _where(rows: pd.DataFrame, predicted: int, true: int) -> list[str]:
+    """Cases whose prediction and ground truth are empty (0) or not (1)."""
+    found = ((rows["tp"] + rows["fp"] > 0) == predicted) & ((rows["tp"] + rows["fn"] > 0) == true)
+    return rows.loc[found & ((predicted, true) != (1, 1)), "case"].tolist()
+
+
+def _list(title: str, names: list[str], count: int = 5) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return [f"{title} ({len(names)}): {', '.join(names[:count])}{more}"]
+
+
+def _columns(rows: list[list[str]]) -> str:
+    """Rows as aligned columns, the first left, the others right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def as_dict(evaluation: Evaluation, cost: Cost | None = None) -> dict[str, Any]:
+    """Everything but the drawings, ready for JSON; undefined values are ``None``."""
+    frame, pairing = evaluation.frame, evaluation.pairing
+    result = {
+        "version": __version__,
+        "settings": asdict(evaluation.settings),
+        "cost": asdict(cost) if cost else None,
+        "figures": {
+            label: {kind: {m: asdict(f) for m, f in figures.items()} for kind, figures in kinds.items()}
+            for label, kinds in evaluation.figures.items()
+        },
+        "differences": {
+            label: {metric: asdict(difference) for metric, difference in differences.items()}
+            for label, differences in evaluation.differences.items()
+        },
+        "missing": pairing.missing,
+        "failed": sorted(set(frame.loc[frame["status"] == FAILED, "case"])),
+        "extra": {name: str(path) for name, path in pairing.extra.items()},
+        "ignored": [str(path) for path in pairing.ignored],
+        "cases": frame.astype(object).where(frame.notna(), None).to_dict("records"),
+    }
+    return _finite(result)
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN as ``None``, which JSON has."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(evaluation: Evaluation, path: Path, cost: Cost | None = None) -> None:
+    """Write everything but the drawings."""
+    write_text(path, json.dumps(as_dict(evaluation, cost), indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(evaluation: Evaluation, path: Path) -> None:
+    """Write one row per case and class, those that were not scored included."""
+    write_text(path, evaluation.frame.to_csv(index=False, lineterminator="\n"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read what :func:`write_csv` wrote.
+
+    Raises:
+        ValueError: The file is no such table.
+    """
+    try:
+        frame = pd.read_csv(path, dtype={"case": str}, keep_default_na=False, na_values={})
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table written by `dermomamba evaluate --csv`: {error}") from error
+    if not {"case", "label", "status", "tp", "dice"} <= set(frame.columns):
+        raise ValueError(f"{path} is no table written by `dermomamba evaluate --csv`")
+    numbers = frame.columns.difference(["case", "status", "message"])
+    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
+    return frame
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole: a reader, or a crash, never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,159 @@
+"""Which file belongs to which case.
+
+A case is named by its path below the folder without extension and without the endings that data sets and tools add:
+``ISIC_0000000_segmentation.png``, ``ISIC_0000000_mask.png`` and ``ISIC_0000000.nii.gz`` are all case ``ISIC_0000000``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Case", "Pairing", "PairingError", "case_id", "index_images", "index_masks", "index_probabilities", "pair"]
+
+MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".nii.gz", ".nii")
+PROBABILITY_EXTENSIONS = (".png", ".npz")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+MASK_ENDINGS = ("_mask", "_segmentation", "_lesion", "_prediction", "_pred", "_seg", "_label", "_groundtruth", "_gt")
+PROBABILITY_ENDINGS = ("_probability", "_probabilities", "_prob")
+OTHER_ENDINGS = ("_overlay",)
+CHANNEL_ENDING = "_0000"  # nnU-Net's first channel
+
+
+class PairingError(ValueError):
+    """The folders cannot be matched case by case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One ground truth and what belongs to it; ``None`` where a file is not there."""
+
+    name: str
+    ground_truth: Path
+    prediction: Path | None = None
+    probability: Path | None = None
+    image: Path | None = None
+
+
+@dataclass
+class Pairing:
+    """All cases of the ground truth, in order, and what was left over.
+
+    Attributes:
+        cases: One entry per ground-truth mask, sorted by name.
+        extra: Predictions without ground truth, by case name.
+        ignored: Files in the two mask folders that are no masks by their name.
+    """
+
+    cases: list[Case]
+    extra: dict[str, Path] = field(default_factory=dict)
+    ignored: list[Path] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the cases without a prediction."""
+        return [case.name for case in self.cases if case.prediction is None]
+
+
+def case_id(path: Path, extensions: Iterable[str], endings: Iterable[str]) -> str | None:
+    """Name of the case that a file shows, or ``None`` if the extension is not one of ``extensions``.
+
+    Args:
+        path: Path relative to its folder.
+        extensions: Lower-case extensions with their dot.
+        endings: Endings to take off the stem, repeatedly, whatever their case.
+    """
+    name = path.as_posix()
+    extension = next((e for e in sorted(extensions, key=len, reverse=True) if name.lower().endswith(e)), None)
+    if extension is None:
+        return None
+    name = name[: -len(extension)]
+    endings = tuple(endings)
+    while ending := next((e for e in endings if name.lower().endswith(e) and len(Path(name).name) > len(e)), None):
+        name = name[: -len(ending)]
+    return name
+
+
+def pair(
+    predictions: Path, ground_truth: Path, probabilities: Path | None = None, images: Path | None = None
+) -> Pairing:
+    """Match the files of up to four folders, searched with their sub-folders.
+
+    Raises:
+        PairingError: A folder is missing or holds no file of its kind, or two files of one folder name one case.
+    """
+    truth, ignored = index_masks(ground_truth)
+    predicted, ignored_too = index_masks(predictions)
+    probability = index_probabilities(probabilities) if probabilities else {}
+    image = index_images(images) if images else {}
+    if not truth.keys() & predicted.keys():
+        raise PairingError(
+            f"no prediction matches a ground truth by name: {predictions} has {_some(predicted)}, "
+            f"{ground_truth} has {_some(truth)}"
+        )
+    cases = [
+        Case(name, path, predicted.get(name), probability.get(name), image.get(name))
+        for name, path in sorted(truth.items())
+    ]
+    extra = {name: path for name, path in sorted(predicted.items()) if name not in truth}
+    return Pairing(cases, extra, ignored + ignored_too)
+
+
+def index_masks(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Masks of a folder by case name, and the files that are no masks."""
+    found, ignored = [], []
+    for path in _files(folder):
+        name = case_id(path.relative_to(folder), MASK_EXTENSIONS, MASK_ENDINGS)
+        if name is None or name.lower().endswith(PROBABILITY_ENDINGS + OTHER_ENDINGS):
+            ignored.append(path)
+        else:
+            found.append((name, path))
+    return _unique(found, folder, "mask", MASK_EXTENSIONS), ignored
+
+
+def index_probabilities(folder: Path) -> dict[str, Path]:
+    """Probability maps of a folder by case name.
+
+    ``<case>_probability.png`` counts as one anywhere; a plain ``<case>.png`` only in a folder without any such name, so
+    that maps and masks may share a folder.
+    """
+    found = []
+    for path in _files(folder):
+        name = case_id(path.relative_to(folder), PROBABILITY_EXTENSIONS, PROBABILITY_ENDINGS)
+        if name is not None:
+            found.append((name, path))
+    marked = [(name, path) for name, path in found if path.stem.lower().endswith(PROBABILITY_ENDINGS)]
+    marked += [(name, path) for name, path in found if path.suffix.lower() == ".npz" and (name, path) not in marked]
+    return _unique(marked or found, folder, "probability map", PROBABILITY_EXTENSIONS)
+
+
+def index_images(folder: Path) -> dict[str, Path]:
+    """Photographs of a folder by case name; nnU-Net's ``<case>_0000.png`` counts as ``<case>``."""
+    found = [(case_id(path.relative_to(folder), IMAGE_EXTENSIONS, ()), path) for path in _files(folder)]
+    named = [(name, path) for name, path in found if name is not None]
+    exact = _unique(named, folder, "photograph", IMAGE_EXTENSIONS)
+    channel = {name.removesuffix(CHANNEL_ENDING): path for name, path in exact.items() if name.endswith(CHANNEL_ENDING)}
+    return {**channel, **exact}
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise PairingError(f"{folder} is not a folder")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def _unique(found: list[tuple[str, Path]], folder: Path, what: str, extensions: Iterable[str]) -> dict[str, Path]:
+    if not found:
+        raise PairingError(f"no {what} in {folder}: looked for {', '.join(extensions)}")
+    index: dict[str, Path] = {}
+    for name, path in found:
+        if name in index:
+            raise PairingError(f"two files are {what} of case {name}: {index[name]} and {path}; remove one of them")
+        index[name] = path
+    return index
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,243 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from masks import disc, save_mask, save_pairs
+from PIL import Image
+
+from nnunetv2_dermomamba.cli import main
+from nnunetv2_dermomamba.evaluation.evaluate import Settings, evaluate
+from nnunetv2_dermomamba.evaluation.metrics import mask_metrics
+from nnunetv2_dermomamba.evaluation.output import read_csv
+
+
+def run(*arguments):
+    return main(["evaluate", "-np", "1", *map(str, arguments)])
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return save_pairs(tmp_path)
+
+
+def test_table_csv_and_json(pairs, tmp_path, capsys):
+    masks, truth = pairs
+    csv, summary = tmp_path / "out" / "cases.csv", tmp_path / "summary.json"
+    assert run("-p", masks, "-g", truth, "--csv", csv, "--json", summary) == 0
+    text = capsys.readouterr().out
+    header = text.splitlines()[0]
+    titles = ["Params (M)", "Ops (G)", "DSC", "IoU", "Precision", "Recall"]
+    assert [header.index(title) for title in titles] == sorted(header.index(title) for title in titles)
+    assert "6 of 6 cases scored." in text
+
+    frame = read_csv(csv)
+    assert frame["case"].tolist() == [f"case_{i}" for i in range(6)]
+    first = [np.asarray(Image.open(f)) > 0 for f in (masks / "case_0_mask.png", truth / "case_0_segmentation.png")]
+    assert frame.iloc[0][list(mask_metrics(*first))].to_dict() == pytest.approx(mask_metrics(*first))
+
+    read = json.loads(summary.read_text())
+    mean = read["figures"]["1"]["per_image"]["dice"]
+    assert mean["value"] == pytest.approx(frame["dice"].mean())
+    assert mean["low"] < mean["value"] < mean["high"]
+    pooled = 2 * frame["tp"].sum() / (2 * frame["tp"] + frame["fp"] + frame["fn"]).sum()
+    assert read["figures"]["1"]["pooled"]["dice"]["value"] == pytest.approx(pooled)
+    assert f"{100 * mean['value']:.2f}" in text
+    assert f"{100 * pooled:.2f}" in text
+    assert len(read["cases"]) == 6
+
+
+def test_processes_give_the_same(pairs):
+    masks, truth = pairs
+    alone, together = evaluate(masks, truth), evaluate(masks, truth, processes=2)
+    assert alone.frame.equals(together.frame)
+
+
+def test_0_1_and_0_255_give_the_same(tmp_path):
+    frames = [evaluate(*save_pairs(tmp_path / str(f), foreground=f)).frame for f in (1, 255)]
+    assert frames[0].equals(frames[1])
+
+
+@pytest.mark.parametrize(("treatment", "status", "n"), [("fail", 1, 5), ("empty", 0, 6), ("skip", 0, 5)])
+def test_a_missing_prediction(pairs, tmp_path, capsys, treatment, status, n):
+    masks, truth = pairs
+    (masks / "case_2_mask.png").unlink()
+    summary = tmp_path / "a.json"
+    # Scored as an empty mask the case counts, so nothing is left to complain about.
+    assert run("-p", masks, "-g", truth, "--missing", treatment, "--json", summary) == status
+    assert "case_2" in capsys.readouterr().out
+    read = json.loads(summary.read_text())
+    assert read["missing"] == ["case_2"]
+    assert read["cases"][2]["status"] == "missing"
+    assert read["figures"]["1"]["per_image"]["dice"]["n"] == n
+    if treatment == "empty":
+        assert read["cases"][2]["dice"] == 0
+        assert read["cases"][2]["hd95"] == 160  # the diagonal of 128 x 96
+
+
+def test_extra_predictions_and_other_files_are_listed(pairs, tmp_path, capsys):
+    masks, truth = pairs
+    save_mask(masks / "other_mask.png", disc())
+    (masks / "notes.txt").touch()
+    assert run("-p", masks, "-g", truth, "--json", tmp_path / "a.json") == 0
+    text = capsys.readouterr().out
+    assert "without ground truth, not scored (1): other" in text
+    assert "notes.txt" in text
+    assert list(json.loads((tmp_path / "a.json").read_text())["extra"]) == ["other"]
+
+
+def test_another_size_fails_the_case_unless_resized(pairs, capsys):
+    masks, truth = pairs
+    path = masks / "case_1_mask.png"
+    with Image.open(path) as image:
+        image.resize((64, 48), Image.Resampling.NEAREST).save(path)
+    assert run("-p", masks, "-g", truth) == 1
+    text = capsys.readouterr().out
+    assert "case_1_mask.png is 64 x 48 pixels, its ground truth 128 x 96" in text
+    assert "5 of 6 cases scored." in text
+    assert run("-p", masks, "-g", truth, "--resize") == 0
+    whole = evaluate(masks, truth, settings=Settings(resize=True)).frame
+    assert whole["dice"].iloc[1] > 0.5
+
+
+def test_resizing_refuses_a_turned_mask(pairs, capsys):
+    masks, truth = pairs
+    save_mask(masks / "case_1_mask.png", disc().T)
+    assert run("-p", masks, "-g", truth, "--resize") == 1
+    assert "other proportions" in capsys.readouterr().out
+
+
+def test_an_unreadable_mask_does_not_stop_the_rest(pairs, tmp_path, capsys):
+    masks, truth = pairs
+    (masks / "case_3_mask.png").write_bytes(b"no image")
+    assert run("-p", masks, "-g", truth, "--csv", tmp_path / "a.csv") == 1
+    assert "case_3_mask.png" in capsys.readouterr().out
+    frame = read_csv(tmp_path / "a.csv")
+    assert frame["status"].tolist() == ["scored"] * 3 + ["failed"] + ["scored"] * 2
+    assert frame["dice"].isna().tolist() == [False] * 3 + [True] + [False] * 2
+
+
+def test_nothing_to_score_writes_nothing(pairs, tmp_path, capsys):
+    masks, truth = pairs
+    for path in masks.iterdir():
+        path.write_bytes(b"")
+    assert run("-p", masks, "-g", truth, "--csv", tmp_path / "a.csv") == 2
+    assert "no case could be scored" in capsys.readouterr().err
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_empty_masks_are_named(pairs, capsys):
+    masks, truth = pairs
+    nothing = np.zeros((96, 128), dtype=bool)
+    save_mask(masks / "case_0_mask.png", nothing)
+    save_mask(truth / "case_0_segmentation.png", nothing)
+    save_mask(masks / "case_1_mask.png", nothing)
+    save_mask(truth / "case_2_segmentation.png", nothing)
+    evaluation = evaluate(masks, truth)
+    figure = evaluation.figures[1]["per_image"]
+    assert (figure["dice"].n, figure["dice"].undefined) == (5, 1)
+    assert figure["thresholded_jaccard"].n == 6
+    run("-p", masks, "-g", truth)
+    text = capsys.readouterr().out
+    assert "Empty prediction, empty ground truth (1): case_0" in text
+    assert "Empty prediction (1): case_1" in text
+    assert "Empty ground truth (1): case_2" in text
+
+
+def test_several_classes(tmp_path, capsys):
+    for name, shift in [("truth", 0), ("masks", 3)]:
+        labels = np.where(disc(centre=(48, 64 + shift)), 1, 0) + disc(centre=(48, 64 + shift), radius=10)
+        (tmp_path / name).mkdir()
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / name / "a.png")
+    assert run("-p", tmp_path / "masks", "-g", tmp_path / "truth") == 2
+    assert "--labels" in capsys.readouterr().err
+    assert run("-p", tmp_path / "masks", "-g", tmp_path / "truth", "-l", 1, 2, "--csv", tmp_path / "a.csv") == 0
+    assert "Class 2" in capsys.readouterr().out
+    assert read_csv(tmp_path / "a.csv")["label"].tolist() == [1, 2]
+
+
+def test_probabilities_add_the_authors_figures(pairs, tmp_path, capsys):
+    masks, truth = pairs
+    for path in masks.iterdir():
+        mask = np.asarray(Image.open(path)) > 0
+        name = path.name.replace("_mask.png", "_probability.png")
+        Image.fromarray(np.where(mask, 39321, 26214).astype(np.uint16)).save(masks / name)  # 0.6 and 0.4
+    assert run("-p", masks, "-g", truth, "--probabilities", masks, "--csv", tmp_path / "a.csv") == 0
+    assert "as the authors' code" in capsys.readouterr().out
+    frame = read_csv(tmp_path / "a.csv")
+    tp, fp, fn, tn = (frame[key].to_numpy() for key in ("tp", "fp", "fn", "tn"))
+    soft = 2 * (0.6 * tp + 0.4 * fn) / (0.6 * (tp + fp) + 0.4 * (fn + tn) + tp + fn)
+    assert frame["soft_dice"].to_numpy() == pytest.approx(soft, rel=1e-6)
+    assert (frame["authors_recall"] == 0).all()  # a logit of 0.5 is a probability of 0.62
+    (masks / "case_0_probability.png").unlink()
+    assert run("-p", masks, "-g", truth, "--probabilities", masks) == 1
+    assert "no probability map for case_0" in capsys.readouterr().out
+
+
+def test_against_a_folder_and_against_its_table(pairs, tmp_path, capsys):
+    masks, truth = pairs
+    other, _ = save_pairs(tmp_path / "other", seed=3)
+    assert run("-p", other, "-g", truth, "--csv", tmp_path / "other.csv") == 0
+    results = []
+    for against in (other, tmp_path / "other.csv"):
+        assert run("-p", masks, "-g", truth, "--against", against, "--json", tmp_path / "a.json") == 0
+        assert "p (Wilcoxon)" in capsys.readouterr().out
+        results.append(json.loads((tmp_path / "a.json").read_text())["differences"])
+    assert results[0] == results[1]
+    assert results[0]["1"]["dice"]["n"] == 6
+    (tmp_path / "no.csv").write_text("a,b\n1,2\n")
+    assert run("-p", masks, "-g", truth, "--against", tmp_path / "no.csv") == 2
+    assert "no.csv is no table" in capsys.readouterr().err
+
+
+def test_numeric_case_names_stay_text(tmp_path):
+    save_mask(tmp_path / "p" / "007.png", disc())
+    save_mask(tmp_path / "g" / "007.png", disc())
+    assert run("-p", tmp_path / "p", "-g", tmp_path / "g", "--csv", tmp_path / "a.csv") == 0
+    assert read_csv(tmp_path / "a.csv")["case"].tolist() == ["007"]
+
+
+@pytest.mark.pipeline
+def test_same_dice_and_iou_as_nnunet(tmp_path):
+    masks, truth = save_pairs(tmp_path, foreground=1)
+    for folder in (masks, truth):  # nnU-Net wants one name for both
+        for path in list(folder.iterdir()):
+            path.rename(folder / f"{path.stem.removesuffix('_mask').removesuffix('_segmentation')}.png")
+    nothing = np.zeros((96, 128), dtype=bool)
+    save_mask(masks / "case_0.png", nothing)
+    save_mask(truth / "case_0.png", nothing)
+    save_mask(masks / "case_1.png", nothing)
+    dataset = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "lesion": 1},
+        "file_ending": ".png",
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    (tmp_path / "plans.json").write_text(json.dumps({"label_manager": "LabelManager"}))
+    command = [sys.executable, "-c", "from nnunetv2.evaluation.evaluate_predictions import *\n"]
+    command[-1] += "if __name__ == '__main__': evaluate_folder_entry_point()"
+    options = ["-djfile", tmp_path / "dataset.json", "-pfile", tmp_path / "plans.json", "-np", "1"]
+    subprocess.run([*command, truth, masks, *options, "-o", tmp_path / "summary.json"], check=True)
+    theirs = json.loads((tmp_path / "summary.json").read_text())
+
+    evaluation = evaluate(masks, truth)
+    for metric, key in [("dice", "Dice"), ("iou", "IoU")]:
+        per_case = [case["metrics"]["1"][key] for case in theirs["metric_per_case"]]
+        assert evaluation.frame[metric].to_numpy() == pytest.approx(per_case, rel=1e-12, nan_ok=True)
+        assert evaluation.figures[1]["per_image"][metric].value == pytest.approx(theirs["mean"]["1"][key], rel=1e-12)
+
+
+def test_same_thresholded_jaccard_as_the_challenge(tmp_path):
+    """The scorer is no dependency: it needs Python 3.13. The test runs where it is installed."""
+    segmentation = pytest.importorskip("isic_challenge_scoring.segmentation")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        truth = disc(centre=(48, 64), radius=rng.uniform(15, 40)) & (i != 0)
+        prediction = np.roll(truth, rng.integers(-15, 16), axis=1) & (i != 1)
+        save_mask(tmp_path / "truth" / f"ISIC_{i:07d}_segmentation.png", truth)
+        save_mask(tmp_path / "masks" / f"ISIC_{i:07d}_mask.png", prediction)
+    score = segmentation.SegmentationScore.from_dir(tmp_path / "truth", tmp_path / "masks")
+    figures = evaluate(tmp_path / "masks", tmp_path / "truth").figures[1]["per_image"]
+    assert figures["thresholded_jaccard"].value == pytest.approx(score.overall, rel=1e-12)
+    assert 0.1 < score.overall < 0.9  # some cases on either side of the threshold

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_dermomamba.evaluation.pairing import (
+    MASK_ENDINGS,
+    MASK_EXTENSIONS,
+    PairingError,
+    case_id,
+    index_images,
+    index_masks,
+    index_probabilities,
+    pair,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ISIC_0000000.png", "ISIC_0000000"),
+        ("ISIC_0000000_segmentation.png", "ISIC_0000000"),
+        ("ISIC_0000000_segmentation_prediction.png", "ISIC_0000000"),
+        ("ISIC_0000000_Mask.PNG", "ISIC_0000000"),
+        ("IMD002_lesion.bmp", "IMD002"),
+        ("ISIC_0000000.nii.gz", "ISIC_0000000"),
+        ("clinic/a.b_mask.tiff", "clinic/a.b"),
+        ("_mask.png", "_mask"),
+        ("summary.json", None),
+        ("photo.jpg", None),
+    ],
+)
+def test_case_id(name, expected):
+    assert case_id(Path(name), MASK_EXTENSIONS, MASK_ENDINGS) == expected
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_pairs_missing_extra_and_ignored(tmp_path):
+    truth = touch(tmp_path / "g", "a_segmentation.png", "b.png", "x/c_lesion.bmp", "notes.txt")
+    masks = touch(tmp_path / "p", "a_mask.png", "x/c.nii.gz", "d.png", "summary.json", "a_overlay.png", "a.npz")
+    images = touch(tmp_path / "i", "a.jpg", "b_0000.png")
+    pairing = pair(masks, truth, masks, images)
+    assert [case.name for case in pairing.cases] == ["a", "b", "x/c"]
+    assert pairing.missing == ["b"]
+    assert list(pairing.extra) == ["d"]
+    assert {path.name for path in pairing.ignored} == {"notes.txt", "summary.json", "a_overlay.png", "a.npz"}
+    assert pairing.cases[0].probability == masks / "a.npz"
+    assert [case.image and case.image.name for case in pairing.cases] == ["a.jpg", "b_0000.png", None]
+
+
+def test_two_masks_of_one_case_are_refused_by_name(tmp_path):
+    with pytest.raises(PairingError, match=r"case a: .*a\.png and .*a_mask\.png"):
+        index_masks(touch(tmp_path, "a.png", "a_mask.png"))
+
+
+def test_maps_and_masks_may_share_a_folder(tmp_path):
+    folder = touch(tmp_path, "a_mask.png", "a_probability.png", "a_overlay.png")
+    assert index_probabilities(folder) == {"a": folder / "a_probability.png"}
+    assert list(index_masks(folder)[0]) == ["a"]
+
+
+def test_plain_names_are_maps_in_a_folder_of_their_own(tmp_path):
+    assert list(index_probabilities(touch(tmp_path, "a.png", "b.png"))) == ["a", "b"]
+
+
+def test_a_camera_counter_is_no_channel(tmp_path):
+    assert list(index_images(touch(tmp_path, "IMG_0000.jpg", "IMG_0001.jpg"))) >= ["IMG", "IMG_0000", "IMG_0001"]
+
+
+@pytest.mark.parametrize("names", [(), ("readme.txt",)])
+def test_a_folder_without_masks_is_refused(tmp_path, names):
+    with pytest.raises(PairingError, match=r"no mask in .*\.bmp"):
+        index_masks(touch(tmp_path, *names))
+
+
+def test_no_match_shows_both_sides(tmp_path):
+    with pytest.raises(PairingError, match=r"has a.*has b"):
+        pair(touch(tmp_path / "p", "a.png"), touch(tmp_path / "g", "b.png"))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(PairingError, match="is not a folder"):
+        index_masks(tmp_path / "nowhere")
