@@ -1,0 +1,496 @@
+"""Triton kernels of the fused four-direction scan of a map, channels last, with its dt, B and C projections.
+
+No direction's copy, no B, C or dt tensor and no state but one a chunk reaches device memory: a program projects a block
+of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A direction and its reverse
+share a program; row-major and column-major are two launches, so that sums need no atomics and repeat bit for bit.
+The low-rank dt projection is folded outside, ``W_delta = dt_projs_weight @ x_proj_weight[:R]``: at the ranks in use
+(R = ceil(d / 32)) one dense product of d x d is as cheap as two thin ones padded to the tensor cores' size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nnunetv2_dermomamba.ops.composed import cross_merge, cross_scan
+from nnunetv2_dermomamba.ops.triton_common import (
+    MAX_BLOCK,
+    UNROLL,
+    ceil_div,
+    chunk_count,
+    combine,
+    load_decay,
+    program_count,
+    softplus,
+    softplus_slope,
+    tile_for,
+    walk_back,
+    walk_index,
+    walk_output,
+    walk_summary,
+)
+from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_forward, states_shape_1d
+
+
+@triton.jit
+def _positions(q, start, length, padded, height, width, column, reverse, P: tl.constexpr, ROWS: tl.constexpr):
+    """Map positions of ``ROWS`` rows of position block ``q`` in a direction's own order, and which of them exist."""
+    step = q * P + start + tl.arange(0, ROWS)
+    path = tl.where(reverse > 0, padded - 1 - step, step)
+    across = (path % height) * width + path // height
+    return tl.where(column > 0, across, path), path < length
+
+
+@triton.jit
+def _dot(a, b, acc):
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def _load_map(ptr, position, valid, col, d):
+    mask = valid[:, None] & (col < d)[None, :]
+    return tl.load(ptr + position[:, None] * d + col[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _project(
+    x_ptr, weight_ptr, bias_ptr, delta_row, w_row, bc_row, q, length, padded, height, width, column, reverse, d,
+    DP: tl.constexpr, NP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Rows of delta, w = delta x, B and C of one position block."""
+    cb = tl.arange(0, CB)
+    m = tl.arange(0, 2 * NP)
+    for start in range(0, P, ROWS):
+        position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+        r = start + tl.arange(0, ROWS)
+        for c in range(0, KD, CB):
+            col = c + cb
+            acc = tl.zeros([ROWS, CB], tl.float32)
+            for k in range(0, KD, CB):
+                weight = tl.load(weight_ptr + col[None, :] * KD + (k + cb)[:, None])
+                acc = _dot(_load_map(x_ptr, position, valid, k + cb, d), weight, acc)
+            mask = valid[:, None] & (col < d)[None, :]
+            acc += tl.load(bias_ptr + col, mask=col < d, other=0.0)[None, :]
+            delta = tl.where(mask, softplus(acc), 0.0)
+            at = r[:, None] * DP + col[None, :]
+            tl.store(delta_row + at, delta, mask=(col < DP)[None, :])
+            tl.store(w_row + at, delta * _load_map(x_ptr, position, valid, col, d), mask=(col < DP)[None, :])
+        acc = tl.zeros([ROWS, 2 * NP], tl.float32)
+        for k in range(0, KD, CB):
+            weight = tl.load(weight_ptr + (KD + m)[None, :] * KD + (k + cb)[:, None])
+            acc = _dot(_load_map(x_ptr, position, valid, k + cb, d), weight, acc)
+        tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], acc)
+
+
+@triton.jit
+def summary_2d_kernel(
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, A_ptr, state_ptr, total_ptr, scratch_ptr,
+    items, length, padded, height, width, d, per_map, chunks, N: tl.constexpr, ADJOINT: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Summary of every chunk of all four directions, stored where its successor (ADJOINT: predecessor) will read it."""
+    P: tl.constexpr = S * T
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
+    v_row = delta_row + P * DP
+    bc_row = v_row + P * DP
+    channel, segment, n = walk_index(DP, NP, R, S)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        direction = item % 4
+        q = item // 4 % per_map
+        batch = (item // 4 // per_map).to(tl.int64)
+        column = direction % 2
+        reverse = direction // 2
+        x_map = x_ptr + batch * length * d
+        _project(
+            x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d, delta_row, v_row, bc_row,
+            q, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, P, ROWS
+        )  # fmt: skip
+        if ADJOINT:
+            tl.debug_barrier()
+            _copy_map(dy_ptr + batch * length * d, v_row, q, length, padded, height, width, column, reverse, d, DP, P, ROWS)
+        tl.debug_barrier()
+        A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
+        m_row = bc_row + NP if ADJOINT else bc_row
+        state, total = walk_summary(delta_row, v_row, m_row, A2, channel, segment, n, ADJOINT, DP, NP, T)
+        chunk = q * S + segment + (-1 if ADJOINT else 1)
+        keep = ((chunk >= 0) & (chunk < chunks))[:, None] & (channel < d)
+        at = ((batch * 4 + direction) * chunks + chunk)[:, None] * d + channel
+        tl.store(total_ptr + at, total, mask=keep)
+        tl.store(state_ptr + at[:, :, None] * N + n[None, None, :], state, mask=keep[:, :, None] & (n < N)[None, None, :])
+        tl.debug_barrier()
+
+
+@triton.jit
+def _copy_map(
+    source_ptr, row, q, length, padded, height, width, column, reverse, d,
+    DP: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """One position block of a map to rows, in the direction's order."""
+    cc = tl.arange(0, DP)
+    for start in range(0, P, ROWS):
+        position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+        r = start + tl.arange(0, ROWS)
+        tl.store(row + r[:, None] * DP + cc[None, :], _load_map(source_ptr, position, valid, cc, d))
+
+
+@triton.jit
+def forward_2d_kernel(
+    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, y_ptr, scratch_ptr,
+    items, length, padded, height, width, d, per_map, chunks, column, N: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """One path and its reverse: ``y`` from the states that enter the chunks; the second path (column) adds to ``y``."""
+    P: tl.constexpr = S * T
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
+    w_row = delta_row + P * DP
+    bc_row = w_row + P * DP
+    cc = tl.arange(0, DP)
+    channel, segment, n = walk_index(DP, NP, R, S)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        batch = (item // per_map).to(tl.int64)
+        x_map = x_ptr + batch * length * d
+        y_map = y_ptr + batch * length * d
+        for reverse in range(2):
+            direction = column + 2 * reverse
+            q = item % per_map
+            q = tl.where(reverse > 0, per_map - 1 - q, q)
+            _project(
+                x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d, delta_row, w_row, bc_row,
+                q, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, P, ROWS
+            )  # fmt: skip
+            tl.debug_barrier()
+            A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
+            at = ((batch * 4 + direction) * chunks + q * S + segment)[:, None] * d + channel
+            keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
+            h = tl.load(state_ptr + at[:, :, None] * N + n[None, None, :], mask=keep, other=0.0)
+            walk_output(delta_row, w_row, bc_row, h, A2, channel, segment, n, DP, NP, T)
+            tl.debug_barrier()
+            skip = tl.load(D_ptr + direction * d + cc, mask=cc < d, other=0.0)
+            for start in range(0, P, ROWS):
+                position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+                r = start + tl.arange(0, ROWS)
+                y = tl.load(w_row + r[:, None] * DP + cc[None, :])
+                y += skip[None, :] * _load_map(x_map, position, valid, cc, d)
+                at = y_map + position[:, None] * d + cc[None, :]
+                mask = valid[:, None] & (cc < d)[None, :]
+                y += tl.load(at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                tl.store(at, y, mask=mask)
+            tl.debug_barrier()
+
+
+@triton.jit
+def backward_2d_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, adjoint_ptr,
+    dx_ptr, dweight_ptr, dbias_ptr, dA_ptr, dD_ptr, scratch_ptr,
+    items, length, padded, height, width, d, per_map, chunks, column, N: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """One path and its reverse: adds to ``dx``, and to the program's own partial sums of the parameters' gradients."""
+    P: tl.constexpr = S * T
+    G: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    slot: tl.constexpr = P * (3 * DP + 2 * NP + G * 2 * NP) + (T // UNROLL) * S * DP * NP
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * slot
+    w_row = delta_row + P * DP
+    dy_row = w_row + P * DP
+    bc_row = dy_row + P * DP
+    dbc_row = bc_row + P * 2 * NP
+    checkpoint = dbc_row + P * G * 2 * NP
+    cb = tl.arange(0, CB)
+    m = tl.arange(0, 2 * NP)
+    channel, segment, n = walk_index(DP, NP, R, S)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        batch = (item // per_map).to(tl.int64)
+        x_map = x_ptr + batch * length * d
+        dy_map = dy_ptr + batch * length * d
+        dx_map = dx_ptr + batch * length * d
+        for reverse in range(2):
+            direction = column + 2 * reverse
+            part = tl.program_id(0).to(tl.int64) * 2 + reverse
+            weight = weight_ptr + direction * (KD + 2 * NP) * KD
+            q = item % per_map
+            q = tl.where(reverse > 0, per_map - 1 - q, q)
+            _project(
+                x_map, weight, bias_ptr + direction * d, delta_row, w_row, bc_row,
+                q, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, P, ROWS
+            )  # fmt: skip
+            _copy_map(dy_map, dy_row, q, length, padded, height, width, column, reverse, d, DP, P, ROWS)
+            tl.debug_barrier()
+            A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
+            at = ((batch * 4 + direction) * chunks + q * S + segment)[:, None] * d + channel
+            at = at[:, :, None] * N + n[None, None, :]
+            keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
+            h = tl.load(state_ptr + at, mask=keep, other=0.0)
+            g = tl.load(adjoint_ptr + at, mask=keep, other=0.0)
+            dA = walk_back(
+                delta_row, w_row, bc_row, dy_row, dbc_row, checkpoint, h, g, A2, channel, segment, n,
+                DP, NP, R, S, T, UNROLL
+            )  # fmt: skip
+            tl.debug_barrier()
+            dA = tl.sum(tl.reshape(dA, [S, DP // R, R, NP]), axis=0)
+            head = tl.arange(0, DP // R)[:, None] + tl.arange(0, R)[None, :] * (DP // R)
+            at = dA_ptr + (part * DP + head)[:, :, None] * NP + n[None, None, :]
+            tl.store(at, tl.load(at) + dA)
+
+            # Gradients of the pre-activations over w, those of x that bypass the projections over dy.
+            for c in range(0, DP, CB):
+                col = c + cb
+                skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
+                dbias = tl.zeros([CB], tl.float32)
+                dD = tl.zeros([CB], tl.float32)
+                for start in range(0, P, ROWS):
+                    position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+                    at = (start + tl.arange(0, ROWS))[:, None] * DP + col[None, :]
+                    mask = valid[:, None] & (col < DP)[None, :]
+                    delta = tl.load(delta_row + at, mask=mask, other=0.0)
+                    by_input = tl.load(w_row + at, mask=mask, other=0.0)
+                    by_decay = tl.load(dy_row + at, mask=mask, other=0.0)
+                    x = _load_map(x_map, position, valid, col, d)
+                    dy = _load_map(dy_map, position, valid, col, d)
+                    ddelta = (x * by_input + by_decay) * softplus_slope(delta)
+                    dbias += tl.sum(ddelta, axis=0)
+                    dD += tl.sum(dy * x, axis=0)
+                    tl.store(w_row + at, ddelta, mask=(col < DP)[None, :])
+                    tl.store(dy_row + at, delta * by_input + skip[None, :] * dy, mask=(col < DP)[None, :])
+                at = part * DP + col
+                tl.store(dbias_ptr + at, tl.load(dbias_ptr + at, mask=col < DP) + dbias, mask=col < DP)
+                tl.store(dD_ptr + at, tl.load(dD_ptr + at, mask=col < DP) + dD, mask=col < DP)
+            if G > 1:
+                for start in range(0, P, ROWS):
+                    r = start + tl.arange(0, ROWS)
+                    total = tl.zeros([ROWS, 2 * NP], tl.float32)
+                    for i in tl.static_range(G):
+                        total += tl.load(dbc_row + (r * G + i)[:, None] * (2 * NP) + m[None, :])
+                    tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], total)
+            tl.debug_barrier()
+            sums = bc_row if G > 1 else dbc_row
+
+            for start in range(0, P, ROWS):
+                position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+                r = start + tl.arange(0, ROWS)
+                dbc = tl.load(sums + r[:, None] * (2 * NP) + m[None, :])
+                for c in range(0, DP, CB):
+                    col = c + cb
+                    acc = tl.load(dy_row + r[:, None] * DP + col[None, :], mask=(col < DP)[None, :], other=0.0)
+                    for k in range(0, DP, CB):
+                        kk = k + cb
+                        ddelta = tl.load(w_row + r[:, None] * DP + kk[None, :], mask=(kk < DP)[None, :], other=0.0)
+                        acc = _dot(ddelta, tl.load(weight + kk[:, None] * KD + col[None, :]), acc)
+                    acc = _dot(dbc, tl.load(weight + (KD + m)[:, None] * KD + col[None, :]), acc)
+                    at = dx_map + position[:, None] * d + col[None, :]
+                    mask = valid[:, None] & (col < d)[None, :]
+                    acc += tl.load(at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                    tl.store(at, acc, mask=mask)
+
+            dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
+            for c in range(0, DP, CB):
+                col = c + cb
+                for k in range(0, DP, CB):
+                    kk = k + cb
+                    at = dweight + kk[:, None] * KD + col[None, :]
+                    acc = tl.load(at)
+                    for start in range(0, P, ROWS):
+                        position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+                        r = start + tl.arange(0, ROWS)
+                        ddelta = tl.load(w_row + r[None, :] * DP + kk[:, None], mask=(kk < DP)[:, None], other=0.0)
+                        acc = _dot(ddelta, _load_map(x_map, position, valid, col, d), acc)
+                    tl.store(at, acc)
+                at = dweight + (KD + m)[:, None] * KD + col[None, :]
+                acc = tl.load(at)
+                for start in range(0, P, ROWS):
+                    position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+                    r = start + tl.arange(0, ROWS)
+                    dbc = tl.load(sums + r[None, :] * (2 * NP) + m[:, None])
+                    acc = _dot(dbc, _load_map(x_map, position, valid, col, d), acc)
+                tl.store(at, acc)
+            tl.debug_barrier()
+
+
+class _Plan:
+    """Sizes and constants of one call."""
+
+    def __init__(self, batch: int, height: int, width: int, channels: int, state: int) -> None:
+        self.tile = tile_for(channels, state)
+        self.length = height * width
+        self.per_map = ceil_div(self.length, self.tile.P)
+        self.chunks = chunk_count(self.length, self.tile)
+        self.items = batch * self.per_map
+        padded = self.per_map * self.tile.P
+        self.sizes = (self.length, padded, height, width, channels, self.per_map, self.chunks)
+        self.KD = max(16, self.tile.DP)
+        self.rows = self.KD + 2 * self.tile.NP
+        self.constants = {
+            **self.tile.constants(),
+            "N": state,
+            "KD": self.KD,
+            "CB": min(32, self.KD),
+            "ROWS": min(32, self.tile.P),
+        }
+
+    def launch(self, like: Tensor, items: int, per_program: int) -> tuple[Tensor, tuple[int]]:
+        """Scratch and grid of a persistent launch."""
+        programs = program_count(like.device, items, self.tile)
+        return like.new_empty(programs * per_program, dtype=torch.float32), (programs,)
+
+
+def _plan(x: Tensor, A: Tensor) -> _Plan:
+    return _Plan(*x.shape, A.shape[1])
+
+
+def states_shape_2d(
+    batch: int, height: int, width: int, channels: int, state: int
+) -> tuple[int, int, int, int, int] | tuple[int, int, int, int]:
+    """Shape of ``states``: (batch, 4, chunks, channels, state); as the 1D scan's beyond ``MAX_BLOCK`` channels."""
+    if channels > MAX_BLOCK:
+        return states_shape_1d(batch, 4 * channels, height * width, 4, state)
+    return batch, 4, _Plan(batch, height, width, channels, state).chunks, channels, state
+
+
+def _fold(plan: _Plan, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> Tensor:
+    """(4, KD + 2 NP, KD): rows of W_delta, B and C, zero-padded. Summed by elements: TF32 settings do not touch it."""
+    d, rank = dt_projs_weight.shape[1:]
+    weight = x_proj_weight.new_zeros(4, plan.rows, plan.KD)
+    weight[:, :d, :d] = (dt_projs_weight[..., None] * x_proj_weight[:, None, :rank]).sum(2)
+    weight[:, plan.KD : plan.KD + state, :d] = x_proj_weight[:, rank : rank + state]
+    weight[:, plan.KD + plan.tile.NP : plan.KD + plan.tile.NP + state, :d] = x_proj_weight[:, rank + state :]
+    return weight
+
+
+def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, A: Tensor, adjoint: bool) -> Tensor:
+    shape = (x.shape[0], 4, plan.chunks, x.shape[3], A.shape[1])
+    if plan.chunks == 1:
+        return A.new_zeros(shape)
+    state, total = A.new_empty(shape), A.new_empty(shape[:4])
+    tile, items = plan.tile, 4 * plan.items
+    scratch, grid = plan.launch(A, items, tile.P * (2 * tile.DP + 2 * tile.NP))
+    summary_2d_kernel[grid](
+        x, dy, weight, bias, A, state, total, scratch, items, *plan.sizes, ADJOINT=adjoint, **plan.constants
+    )
+    combine(state, total, A, 4, adjoint)
+    return state
+
+
+def scan_2d_forward(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Four-direction selective scan of a map with its projections, of contiguous tensors.
+
+    Args:
+        x: (B, H, W, d) map, channels last, float16, bfloat16 or float32.
+        x_proj_weight: (4, R + 2 N, d): rows give dt (R), B (N) and C (N) of each direction; float32, as all below.
+        dt_projs_weight: (4, d, R).
+        dt_projs_bias: (4, d), added before the softplus.
+        A: (4 d, N), negative.
+        Ds: (4 d,).
+
+    Returns:
+        y (B, H, W, d) in float32, and the states that enter the chunks (``states_shape_2d``).
+    """
+    if x.shape[3] > MAX_BLOCK:
+        return _wide_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    plan = _plan(x, A)
+    tile = plan.tile
+    y = torch.empty_like(x, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        weight = _fold(plan, x_proj_weight, dt_projs_weight, A.shape[1])
+        states = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
+        scratch, grid = plan.launch(A, plan.items, tile.P * (2 * tile.DP + 2 * tile.NP))
+        for column in range(2):
+            forward_2d_kernel[grid](
+                x, weight, dt_projs_bias, A, Ds, states, y, scratch, plan.items, *plan.sizes, column, **plan.constants
+            )
+    return y, states
+
+
+def scan_2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``scan_2d_forward`` for ``dy`` (B, H, W, d).
+
+    Returns:
+        Gradients of x, x_proj_weight, dt_projs_weight, dt_projs_bias, A and Ds, all in float32.
+    """
+    if x.shape[3] > MAX_BLOCK:
+        return _wide_backward(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states)
+    plan = _plan(x, A)
+    tile, d, state = plan.tile, x.shape[3], A.shape[1]
+    rank = dt_projs_weight.shape[2]
+    dx = torch.empty_like(x, dtype=torch.float32)
+    per_program = tile.P * (3 * tile.DP + 2 * tile.NP * (1 + tile.G)) + tile.T // UNROLL * tile.S * tile.DP * tile.NP
+    with torch.cuda.device_of(x):
+        weight = _fold(plan, x_proj_weight, dt_projs_weight, state)
+        adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
+        scratch, grid = plan.launch(A, plan.items, per_program)
+        widths = (plan.rows * plan.KD, tile.DP, tile.DP * tile.NP, tile.DP)
+        columns = []
+        for column in range(2):
+            parts = [A.new_zeros(grid[0], 2, width) for width in widths]
+            backward_2d_kernel[grid](
+                dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
+                plan.items, *plan.sizes, column, UNROLL=UNROLL, **plan.constants
+            )  # fmt: skip
+            columns.append([part.sum(0) for part in parts])
+    # (2 paths, 2 ways) in the order row, row reversed, column, column reversed -> directions row, column, and reversed
+    dweight, dbias, dA, dD = (torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*columns, strict=True))
+    dweight = dweight.unflatten(1, (plan.rows, plan.KD))[:, :, :d]
+    dfold = dweight[:, :d]
+    dB = dweight[:, plan.KD : plan.KD + state]
+    dC = dweight[:, plan.KD + tile.NP : plan.KD + tile.NP + state]
+    ddt = (dfold[:, :, None] * dt_projs_weight[..., None]).sum(1)
+    dlift = (dfold[:, :, None] * x_proj_weight[:, None, :rank]).sum(3)
+    dA = dA.unflatten(1, (tile.DP, tile.NP))[:, :d, :state].flatten(0, 1).contiguous()
+    return dx, torch.cat([ddt, dB, dC], dim=1), dlift, dbias[:, :d].contiguous(), dA, dD[:, :d].flatten()
+
+
+def _wide_inputs(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> tuple[Tensor, ...]:
+    """Direction copies, dt and 1D inputs of a map with more channels than a program holds."""
+    rank = dt_projs_weight.shape[2]
+    xs = cross_scan(x.float())
+    dt, B, C = torch.einsum("bkdl,kcd->bkcl", xs, x_proj_weight).split([rank, state, state], dim=2)
+    delta = torch.einsum("bkrl,kdr->bkdl", dt, dt_projs_weight)
+    return xs, dt, delta.flatten(1, 2).contiguous(), B.contiguous(), C.contiguous()
+
+
+def _wide_forward(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        xs, _, delta, B, C = _wide_inputs(x, x_proj_weight, dt_projs_weight, A.shape[1])
+        y, states = scan_1d_forward(xs.flatten(1, 2), delta, A, B, C, Ds, dt_projs_bias.flatten(), True)
+        return cross_merge(y.unflatten(1, xs.shape[1:3]), *x.shape[1:3]).contiguous(), states
+
+
+def _wide_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        xs, dt, delta, B, C = _wide_inputs(x, x_proj_weight, dt_projs_weight, A.shape[1])
+        dys = cross_scan(dy.float()).flatten(1, 2)
+        du, ddelta, dA, dB, dC, dD, dbias = scan_1d_backward(
+            dys, xs.flatten(1, 2), delta, A, B, C, Ds, dt_projs_bias.flatten(), True, states
+        )
+        ddelta = ddelta.unflatten(1, xs.shape[1:3])
+        rows = torch.cat([torch.einsum("bkdl,kdr->bkrl", ddelta, dt_projs_weight), dB, dC], dim=2)
+        dxs = du.unflatten(1, xs.shape[1:3]) + torch.einsum("bkcl,kcd->bkdl", rows, x_proj_weight)
+        dx = cross_merge(dxs, *x.shape[1:3]).contiguous()
+        dweight = torch.einsum("bkcl,bkdl->kcd", rows, xs)
+        dlift = torch.einsum("bkdl,bkrl->kdr", ddelta, dt)
+        return dx, dweight, dlift, dbias.view_as(dt_projs_bias), dA, dD
