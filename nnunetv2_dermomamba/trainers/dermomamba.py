@@ -1,0 +1,155 @@
+"""nnU-Net trainers of the DermoMamba network."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import autocast, nn
+
+from nnunetv2_dermomamba.network import DermoMamba
+from nnunetv2_dermomamba.ops import describe_choice
+
+from .guide_fusion_loss import GuideFusionLossMixin
+from .optimization import WarmupPolyLRScheduler, build_adamw
+
+
+class nnUNetTrainerDermoMambaDiceCE(nnUNetTrainer):  # noqa: N801  (nnU-Net finds trainers by such names)
+    """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+        self.initial_lr = 1e-3
+        self.weight_decay = 1e-2
+        self.num_epochs = 200
+        self.warmup_epochs = 1.0
+        self.gradient_clip = 1.0
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """DermoMamba for the planned patch size; there is no deep supervision to enable."""
+        return DermoMamba(num_input_channels, num_output_channels, configuration_manager.patch_size)
+
+    def initialize(self) -> None:
+        """As nnU-Net; says in the log which backend computes the selective scan."""
+        super().initialize()
+        self.print_to_log_file(describe_choice(self.device.type))
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolyLRScheduler]:
+        """AdamW without weight decay on the scan's own parameters; warm-up and polynomial decay per iteration."""
+        optimizer = build_adamw(self.network, self.initial_lr, self.weight_decay, self.device)
+        warmup = min(self.warmup_epochs, 0.1 * self.num_epochs)
+        return optimizer, WarmupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net; iterations are counted for the learning rate."""
+        self.iteration = 0
+        super().on_train_epoch_start()
+
+    def _set_learning_rate(self) -> None:
+        self.iteration += 1  # the first iteration of the warm-up must not have a rate of zero
+        fraction = min(self.iteration, self.num_iterations_per_epoch) / (self.num_iterations_per_epoch + 1)
+        self.lr_scheduler.step(self.current_epoch + fraction)
+
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's step without waiting for the device: losses stay there as tensors until the epoch ends."""
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self._set_learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast("cuda") if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self.network(data), target)
+        if self.grad_scaler is None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        return {"loss": loss.detach(), **self._loss_parts()}
+
+    def _loss_parts(self) -> dict[str, torch.Tensor]:
+        """Further tensors of the last step to average over the epoch and log."""
+        return {}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Fetch the epoch's losses from the device in one transfer and log the means of all parts."""
+        names = list(train_outputs[0])
+        values = torch.stack([torch.stack([out[name].float() for name in names]) for out in train_outputs]).cpu().numpy()
+        super().on_train_epoch_end([{"loss": np.asarray(row[0])} for row in values])
+        means = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names[1:], values[:, 1:].mean(0), strict=True))
+        if means:
+            self.print_to_log_file(f"train_loss parts: {means}")
+
+
+class nnUNetTrainerDermoMamba(GuideFusionLossMixin, nnUNetTrainerDermoMambaDiceCE):  # noqa: N801
+    """DermoMamba with the Guide Fusion Loss."""
+
+
+class nnUNetTrainerDermoMamba_5epochs(nnUNetTrainerDermoMamba):  # noqa: N801
+    """Five epochs, to see that everything runs."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 5
+
+
+class nnUNetTrainerDermoMamba_50epochs(nnUNetTrainerDermoMamba):  # noqa: N801
+    """Fifty epochs, for a first result."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 50
+
+
+class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):  # noqa: N801
+    """Four epochs of sixty iterations: a few minutes on two CPU cores at the smallest batch size."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 4
+        self.num_iterations_per_epoch = 60
+        self.num_val_iterations_per_epoch = 4
