@@ -28,10 +28,11 @@ MAX_PIXELS = 80_000_000  # ISIC's largest image has 30 million; below Pillow's o
 MAX_FILE_BYTES = 512 << 20  # more than an uncompressed 16-bit RGB image of MAX_PIXELS
 MAX_JPEG_SCAN_PIXELS = 20 * MAX_PIXELS  # a progressive JPEG has about ten scans; each costs a pass over all pixels
 
-# A draft of at least this many times the wanted size keeps the mean difference from a full decode below 0.35 grey
-# levels and the largest below 6 (benchmarks/conversion.py); at 1.0 the largest is 20.
-DRAFT_GAP = 1.5
+# A draft (JPEG decoded at 1/2, 1/4 or 1/8) of at least this many times the wanted size stays within a mean of 0.5 grey
+# levels of a full decode; 2.0 would give 0.3, and convert a sixth fewer images per second (benchmarks/conversion.py).
+DRAFT_GAP = 1.25
 
+START_OF_SCAN = b"\xff\xda"
 EXIF_ORIENTATION = 0x0112
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -72,11 +73,12 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path)
     try:
         data = _read_bytes(path)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        stream = io.BytesIO(data)
+        with Image.open(stream, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageReadError(path, f"claims {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
-            scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+            scans = _jpeg_scans(image, data, stream.tell()) if image.format in ("JPEG", "MPO") else 1
             if scans * width * height > MAX_JPEG_SCAN_PIXELS:
                 raise ImageReadError(path, f"has {scans} JPEG scans, which would take too long to decode")
             # MPO is what some cameras write: a JPEG followed by previews. The first picture is the photograph.
@@ -148,6 +150,15 @@ def _read_bytes(path: Path) -> bytes:
         if status.st_size > MAX_FILE_BYTES:
             raise ImageReadError(path, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
         return file.read(MAX_FILE_BYTES)
+
+
+def _jpeg_scans(image: Image.Image, data: bytes, header_bytes: int) -> int:
+    """How many passes over the pixels it takes, at most, to decode a JPEG whose header ends with its first scan's."""
+    first = data.rfind(START_OF_SCAN, 0, header_bytes)
+    components_in_scan = data[first + 4]  # after the marker and two bytes of length
+    if "progressive" not in image.info and first >= 0 and components_in_scan == len(image.getbands()):
+        return 1  # the decoder refuses further scans
+    return data.count(START_OF_SCAN)
 
 
 def _open_without_blocking(path: str, flags: int) -> int:
