@@ -1,4 +1,4 @@
-"""Score a folder of masks against the truth: a table, CSV and JSON.
+"""Score a folder of masks against the truth: a table, CSV, JSON and an HTML report.
 
 Masks are PNG, BMP, TIFF or NIfTI with 0 and 1, or 0 and 255 (several classes: --labels). Folders are searched with
 their sub-folders. A case's name is its path without extension and without _mask, _segmentation, _lesion, _prediction
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="probability maps, 16-bit PNG or nnU-Net's .npz: adds the soft Dice",
     )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs for the report's gallery")
     parser.add_argument(
         "--against",
         type=Path,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write one row per case and class")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with a gallery of all cases")
     parser.add_argument(
         "-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)"
     )
@@ -93,6 +95,7 @@ def _error(message: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     from nnunetv2_dermomamba.evaluation import output
     from nnunetv2_dermomamba.evaluation.evaluate import MISSING, Settings, evaluate
+    from nnunetv2_dermomamba.evaluation.report import thumbnail_pixels, write_report
 
     settings = Settings(
         labels=tuple(sorted(set(args.labels))) if args.labels else None,
@@ -105,17 +108,21 @@ def _run(args: argparse.Namespace) -> int:
         args.predictions,
         args.ground_truth,
         probabilities=args.probabilities,
+        images=args.images,
+        thumbnail=thumbnail_pixels if args.report else None,
         **shared,
     )
     if args.against:
         is_table = args.against.suffix.lower() == ".csv"
         other = output.read_csv(args.against) if is_table else evaluate(args.against, args.ground_truth, **shared).frame
-        evaluation.against(other)
+        evaluation.against(other, str(args.against))
     print(output.format_table(evaluation))
     if args.csv:
         output.write_csv(evaluation, args.csv)
     if args.json:
         output.write_json(evaluation, args.json)
+    if args.report:
+        write_report(evaluation, args.report, args.predictions, args.ground_truth)
     return int(_is_incomplete(evaluation.frame, tolerated=MISSING if args.missing != "fail" else None))
 
 

@@ -75,6 +75,7 @@ class Evaluation:
         metrics: The metrics' names, in order.
         figures: By class and kind (``per_image``, ``pooled``, ``authors``), a :class:`Figure` for each metric.
         differences: By class, a :class:`Difference` for each metric, if there is another method.
+        other: What ``differences`` compares with.
         drawings: By case, what the report shows of it.
     """
 
@@ -84,18 +85,24 @@ class Evaluation:
     metrics: list[str]
     figures: dict[int, dict[str, dict[str, Figure]]]
     differences: dict[int, dict[str, Difference]] = field(default_factory=dict)
+    other: str = ""
     drawings: dict[str, Drawing] = field(default_factory=dict)
 
     def of(self, label: int) -> pd.DataFrame:
         """The rows of one class that count in its figures."""
         return _counting(self.frame, label)
 
-    def against(self, other: pd.DataFrame) -> None:
-        """Add the paired comparison with another method's ``frame`` (or the CSV file it was written to).
+    def against(self, other: pd.DataFrame, name: str) -> None:
+        """Add the paired comparison with another method.
+
+        Args:
+            other: Its ``frame``, or the CSV file that it was written to.
+            name: What to call it.
 
         Raises:
             ValueError: The two have no case in common.
         """
+        self.other = name
         self.differences = {
             label: compare(self.of(label), _counting(other, label), self.metrics) for label in self.settings.classes
         }

@@ -16,7 +16,20 @@ from nnunetv2_dermomamba import __version__
 from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, PER_IMAGE, POOLED
 from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
 
-__all__ = ["METRICS", "Cost", "Metric", "as_dict", "format_table", "read_csv", "write_csv", "write_json", "write_text"]
+__all__ = [
+    "METRICS",
+    "Cost",
+    "Metric",
+    "as_dict",
+    "format_table",
+    "metric_rows",
+    "paper_rows",
+    "read_csv",
+    "remarks",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -70,12 +83,13 @@ def format_table(evaluation: Evaluation, cost: Cost | None = None) -> str:
     blocks = []
     for label in evaluation.settings.classes:
         heading = f"Class {label}\n" if len(evaluation.settings.classes) > 1 else ""
-        blocks.append(heading + _columns(_paper_rows(evaluation, label, cost)))
-        blocks.append(_columns(_metric_rows(evaluation, label)))
+        blocks.append(heading + _columns(paper_rows(evaluation, label, cost)))
+        blocks.append(_columns(metric_rows(evaluation, label)))
     return "\n\n".join([*blocks, "\n".join(remarks(evaluation))]) + "\n"
 
 
-def _paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[list[str]]:
+def paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[list[str]]:
+    """The paper's table for one class, its heading first; a row of intervals starts with a space."""
     size = [f"{cost.parameters / 1e6:.2f}", f"{cost.operations / 1e9:.2f}"] if cost else ["n/a", "n/a"]
     rows = [["", "Params (M)", "Ops (G)", *(METRICS[metric].title for metric in PAPER)]]
     for kind, title in KINDS.items():
@@ -87,7 +101,8 @@ def _paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[l
     return rows
 
 
-def _metric_rows(evaluation: Evaluation, label: int) -> list[list[str]]:
+def metric_rows(evaluation: Evaluation, label: int) -> list[list[str]]:
+    """Every metric of one class, the heading first."""
     differences = evaluation.differences.get(label, {})
     rows = [["Per image", "", "mean", "95 % interval", "sd", "median", "images", "undefined"]]
     if differences:
@@ -98,12 +113,12 @@ def _metric_rows(evaluation: Evaluation, label: int) -> list[list[str]]:
         row = [metric.title, metric.unit, metric.show(figure.value), _interval(name, figure), *shown]
         row += [str(figure.n), str(figure.undefined)]
         if name in differences:
-            row += [metric.show(differences[name].other), show_p(differences[name].p)]
+            row += [metric.show(differences[name].other), _show_p(differences[name].p)]
         rows.append(row)
     return rows
 
 
-def show_p(p: float) -> str:
+def _show_p(p: float) -> str:
     """A p-value as text."""
     if math.isnan(p):
         return "-"
@@ -128,6 +143,15 @@ def remarks(evaluation: Evaluation) -> list[str]:
     lines += _list("Incomplete", cases.loc[(cases["status"] == SCORED) & (cases["message"] != ""), "message"].tolist())
     lines += _list("Predictions without ground truth, not scored", list(pairing.extra))
     lines += _list("Files that are no masks, ignored", [str(path) for path in pairing.ignored])
+    lines += _list("Photographs not shown", [drawing.note for drawing in evaluation.drawings.values() if drawing.note])
+    for label, differences in evaluation.differences.items():
+        common, of_class = (
+            max(d.n for d in differences.values()),
+            f", class {label}" if len(evaluation.differences) > 1 else "",
+        )
+        lines.append(
+            f"Compared with {evaluation.other} over {common} common cases{of_class}; p is per metric, not corrected."
+        )
     for label in evaluation.settings.classes:
         rows = evaluation.of(label)
         lines += _list("Empty prediction, empty ground truth", _where(rows, 0, 0))
@@ -173,6 +197,7 @@ def as_dict(evaluation: Evaluation, cost: Cost | None = None) -> dict[str, Any]:
             label: {kind: {m: asdict(f) for m, f in figures.items()} for kind, figures in kinds.items()}
             for label, kinds in evaluation.figures.items()
         },
+        "other": evaluation.other or None,
         "differences": {
             label: {metric: asdict(difference) for metric, difference in differences.items()}
             for label, differences in evaluation.differences.items()
