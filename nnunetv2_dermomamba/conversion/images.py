@@ -28,7 +28,7 @@ MAX_PIXELS = 80_000_000  # ISIC's largest image has 30 million; below Pillow's o
 MAX_FILE_BYTES = 512 << 20  # more than an uncompressed 16-bit RGB image of MAX_PIXELS
 MAX_JPEG_SCAN_PIXELS = 20 * MAX_PIXELS  # a progressive JPEG has about ten scans; each costs a pass over all pixels
 
-# A draft (JPEG decoded at 1/2, 1/4 or 1/8) of at least this many times the wanted size stays within a mean of 0.5 grey
+# A draft (JPEG decoded at 1/2, 1/4 or 1/8) of at least this many times the wanted size stays within a mean of 0.6 grey
 # levels of a full decode; 2.0 would give 0.3, and convert a sixth fewer images per second (benchmarks/conversion.py).
 DRAFT_GAP = 1.25
 
