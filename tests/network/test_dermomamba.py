@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from nnunetv2_dermomamba.network import DermoMamba
+
+
+def test_published_parameter_count() -> None:
+    assert sum(p.numel() for p in DermoMamba(3, 1, (192, 256)).parameters()) == 4_953_425
+
+
+@pytest.mark.parametrize(
+    ("channels", "classes", "patch"), [(1, 2, (32, 64)), (4, 7, (64, 32)), (3, 3, (50, 71)), (3, 2, (33, 96))]
+)
+def test_channels_classes_and_patch_sizes(channels: int, classes: int, patch: tuple[int, int]) -> None:
+    network = DermoMamba(channels, classes, patch)
+    out = network(torch.randn(2, channels, *patch))
+    assert out.shape == (2, classes, *patch)
+    out.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_padding_is_zeros_at_the_bottom_and_on_the_right() -> None:
+    torch.manual_seed(0)
+    small, padded = DermoMamba(3, 2, (40, 60)).eval(), DermoMamba(3, 2, (64, 64)).eval()
+    padded.load_state_dict(small.state_dict())
+    x = torch.randn(1, 3, 40, 60)
+    with torch.no_grad():
+        expected = padded(torch.nn.functional.pad(x, (0, 4, 0, 24)))[..., :40, :60]
+        torch.testing.assert_close(small(x), expected)
+
+
+def test_3d_patch_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(ValueError, match="2d configuration"):
+        DermoMamba(3, 2, (32, 64, 64))
+
+
+def test_other_input_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="built for inputs of 32 x 64"):
+        DermoMamba(3, 2, (32, 64))(torch.randn(1, 3, 64, 64))
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    ss2d = DermoMamba(3, 1, (192, 256)).encoder[4].res_mamba.block.vss.ss2d
+    torch.testing.assert_close(ss2d.A_logs, torch.arange(1.0, 17).log().expand_as(ss2d.A_logs))
+    assert (ss2d.Ds == 1).all()
+    dt = torch.nn.functional.softplus(ss2d.dt_projs_bias)
+    assert dt.min() >= 0.99e-3
+    assert dt.max() <= 0.101
+    # Log-uniform: the median of log dt lies midway between the ends.
+    assert abs(dt.log().median() - 0.5 * (torch.tensor(1e-3).log() + torch.tensor(1e-1).log())) < 0.4
+    assert ss2d.dt_projs_weight.abs().max() <= ss2d.dt_projs_weight.shape[2] ** -0.5
