@@ -122,7 +122,7 @@ def test_filters(opened, cases):
     set_field(opened, "high", 0)
     assert names(opened) == []
     assert find(opened, "#nothing")[0].is_displayed()
-    find(opened, "#reset")[0].click()
+    find(opened, "#clear")[0].click()
     assert len(names(opened)) == 8
     set_field(opened, "status", "missing")
     assert names(opened) == ["case_5"]

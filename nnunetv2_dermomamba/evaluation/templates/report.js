@@ -236,7 +236,7 @@ form.addEventListener("input", () => {
   update();
 });
 form.addEventListener("submit", (event) => event.preventDefault());
-document.getElementById("reset").addEventListener("click", () => {
+document.getElementById("clear").addEventListener("click", () => {
   form.reset();
   changeClass();
   showContours();
