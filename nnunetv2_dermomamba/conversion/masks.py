@@ -85,13 +85,13 @@ def _from_wide_grey(values: np.ndarray, path: str | Path) -> Image.Image:
 
 
 def _from_grey(grey: Image.Image, path: str | Path) -> Image.Image:
-    values = np.asarray(grey)
-    if np.count_nonzero(values) == np.count_nonzero(values == 255):  # much faster than a histogram
-        return grey
-    counts = grey.histogram()
+    counts = grey.histogram()  # in place; an array would be a copy, which takes longer than all else here
     levels = [value for value, count in enumerate(counts) if count]
+    if levels in ([0], [255], [0, 255]):
+        return grey
     if levels == [1] or (len(levels) == 2 and levels[0] == 0):
         return grey.point([0] + [255] * 255)
+    values = np.asarray(grey)
     dark, light = values < 64, values >= 192
     square: np.ndarray = np.ones((3, 3), bool)
     near_both = ndimage.binary_dilation(dark, square, CONTOUR_PIXELS) & ndimage.binary_dilation(

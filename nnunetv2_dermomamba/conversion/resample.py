@@ -44,7 +44,7 @@ def resize_mask(mask: Image.Image, shape: tuple[int, int]) -> Image.Image:
     height, width = shape
     if mask.size == (width, height):
         return mask
-    pixels, lesion = mask.size[0] * mask.size[1], int(np.count_nonzero(np.asarray(mask)))
+    pixels, lesion = mask.size[0] * mask.size[1], mask.histogram()[255]
     new_pixels = width * height
     if lesion in (0, pixels):
         return Image.new("L", (width, height), 255 if lesion else 0)
