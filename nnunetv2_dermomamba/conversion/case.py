@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import TRANSPOSE, Photograph, read_photograph
+from nnunetv2_dermomamba.conversion.images import SIDEWAYS, TRANSPOSE, Photograph, read_photograph
 from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.conversion.pairing import Case, Problem
 from nnunetv2_dermomamba.conversion.resample import resize_mask
@@ -89,6 +89,6 @@ def _mask_of(path: Path, photograph: Photograph) -> Image.Image:
     """The mask, turned with its photograph if it was drawn on the pixels as stored, as its size shows."""
     mask = read_mask(path)
     height, width = photograph.original_shape
-    if photograph.orientation in (5, 6, 7, 8) and height != width and mask.size == (height, width):
+    if photograph.orientation in SIDEWAYS and height != width and mask.size == (height, width):
         return mask.transpose(TRANSPOSE[photograph.orientation])
     return mask

@@ -43,6 +43,7 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Photograph:
     Attributes:
         image: Mode "RGB", resampled if a shape was asked for.
         original_shape: (height, width) in pixels of the upright image in the file.
-        orientation: The EXIF orientation that was undone, 1 if none.
+        orientation: The EXIF orientation that was undone, a key of `TRANSPOSE`, or another number if none was.
     """
 
     image: Image.Image
@@ -109,24 +110,28 @@ def read_photograph(path: str | Path, shape: tuple[int, int] | None = None) -> P
         ImageReadError: The file is damaged or has no single right reading.
     """
     with open_image(path) as image:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         stored_size = image.size
         if shape is not None and image.format in ("JPEG", "MPO"):
-            across = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            width, height = shape if across else shape[::-1]
+            height, width = shape[::-1] if orientation in SIDEWAYS else shape
             image.draft(None, (round(width * DRAFT_GAP), round(height * DRAFT_GAP)))
-        drafted = image.size != stored_size
+        scale_kept = image.size == stored_size
         image.load()
-        # After load(), because Pillow applies the orientation of a TIFF itself and then drops the tag.
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        if not drafted:
-            stored_size = image.size
-        upright = _to_rgb(image, path)
-        if orientation in TRANSPOSE:
-            upright = upright.transpose(TRANSPOSE[orientation])
-        width, height = stored_size[::-1] if orientation in (5, 6, 7, 8) else stored_size
+        upright = turn_upright(image, _to_rgb(image, path), orientation)
+        if scale_kept:
+            width, height = upright.size
+        else:
+            width, height = stored_size[::-1] if orientation in SIDEWAYS else stored_size
         if shape is not None:
             upright = resize_image(upright, shape)
         return Photograph(upright, (height, width), orientation)
+
+
+def turn_upright(image: Image.Image, pixels: Image.Image, orientation: int) -> Image.Image:
+    """Undo the EXIF orientation of pixels that were read from an image, unless Pillow did, as it does for TIFF."""
+    if image.format == "TIFF" or orientation not in TRANSPOSE:
+        return pixels
+    return pixels.transpose(TRANSPOSE[orientation])
 
 
 def read_rgb(path: str | Path, shape: tuple[int, int] | None = None) -> np.ndarray:

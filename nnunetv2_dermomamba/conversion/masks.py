@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, TRANSPOSE, open_image
+from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, open_image, turn_upright
 
 __all__ = ["read_mask"]
 
@@ -35,12 +35,12 @@ def read_mask(path: str | Path) -> Image.Image:
         ImageReadError: The file is damaged, has no single right reading as a mask, or marks no lesion.
     """
     with open_image(path) as image:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         image.load()
         mask = _binary(image, path)
         if mask.getbbox() is None:
             raise ImageReadError(path, "marks no lesion")
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        return mask.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else mask
+        return turn_upright(image, mask, orientation)
 
 
 def _binary(image: Image.Image, path: str | Path) -> Image.Image:
