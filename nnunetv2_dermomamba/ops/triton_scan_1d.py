@@ -271,9 +271,10 @@ def _plan(u: Tensor, B: Tensor) -> _Plan:
     return _Plan(u.shape[0], u.shape[1], u.shape[2], B.shape[1], B.shape[2])
 
 
-def states_shape_1d(batch: int, dim: int, length: int, groups: int, state: int) -> tuple[int, int, int, int]:
-    """Shape of ``states``: (batch, chunks, dim, state)."""
-    return batch, _Plan(batch, dim, length, groups, state).chunks, dim, state
+def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
+    """Shape of the saved states of ``scan_1d_forward``: (batch, chunks, dim, state)."""
+    batch, dim, length = u.shape
+    return [batch, _Plan(batch, dim, length, groups, state).chunks, dim, state]
 
 
 def _summaries(
@@ -343,22 +344,20 @@ def scan_1d_backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``scan_1d_forward`` for ``dy`` (batch, dim, length).
 
     Returns:
-        Gradients of u, delta (in their types), A (float32), B, C (in their types), D and delta_bias (None as given).
+        Gradients of u, delta, A, B, C, D and delta_bias in float32; zeros for a D or delta_bias of None.
     """
     plan, tile = _plan(u, B), _plan(u, B).tile
     batch, dim, _ = u.shape
     parts = batch * plan.per_row
     with torch.cuda.device_of(u):
         adjoints = _summaries(dy, delta, A, C, delta_bias, delta_softplus, True)
-        du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+        du, ddelta = (torch.empty_like(u, dtype=torch.float32) for _ in range(2))
         dA = A.new_empty(parts, *A.shape)
-        dB, dC = (
-            m.new_empty(plan.blocks, *m.shape, dtype=m.dtype if plan.blocks == 1 else torch.float32) for m in (B, C)
-        )
+        dB, dC = (A.new_empty(plan.blocks, *B.shape) for _ in range(2))
         dD = None if D is None else A.new_empty(parts, dim)
         dbias = None if delta_bias is None else A.new_empty(parts, dim)
         per_program = (
@@ -371,9 +370,6 @@ def scan_1d_backward(
             HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, UNROLL=UNROLL,
             **tile.constants()
         )  # fmt: skip
-    dA, dB, dC = (
-        dA.sum(0),
-        dB.sum(0).to(B.dtype) if plan.blocks > 1 else dB[0],
-        dC.sum(0).to(C.dtype) if plan.blocks > 1 else dC[0],
-    )
-    return du, ddelta, dA, dB, dC, None if dD is None else dD.sum(0), None if dbias is None else dbias.sum(0)
+        missing = A.new_zeros(1, dim)
+    dB, dC = (m[0] if plan.blocks == 1 else m.sum(0) for m in (dB, dC))
+    return du, ddelta, dA.sum(0), dB, dC, *((missing if m is None else m).sum(0) for m in (dD, dbias))

@@ -175,10 +175,10 @@ def forward_2d_kernel(
                 r = start + tl.arange(0, ROWS)
                 y = tl.load(w_row + r[:, None] * DP + cc[None, :])
                 y += skip[None, :] * _load_map(x_map, position, valid, cc, d)
-                at = y_map + position[:, None] * d + cc[None, :]
+                target = y_map + position[:, None] * d + cc[None, :]
                 mask = valid[:, None] & (cc < d)[None, :]
-                y += tl.load(at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
-                tl.store(at, y, mask=mask)
+                y += tl.load(target, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                tl.store(target, y, mask=mask)
             tl.debug_barrier()
 
 
@@ -222,10 +222,10 @@ def backward_2d_kernel(
             tl.debug_barrier()
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
             at = ((batch * 4 + direction) * chunks + q * S + segment)[:, None] * d + channel
-            at = at[:, :, None] * N + n[None, None, :]
+            entry = at[:, :, None] * N + n[None, None, :]
             keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-            h = tl.load(state_ptr + at, mask=keep, other=0.0)
-            g = tl.load(adjoint_ptr + at, mask=keep, other=0.0)
+            h = tl.load(state_ptr + entry, mask=keep, other=0.0)
+            g = tl.load(adjoint_ptr + entry, mask=keep, other=0.0)
             dA = walk_back(
                 delta_row, w_row, bc_row, dy_row, dbc_row, checkpoint, h, g, A2, channel, segment, n,
                 DP, NP, R, S, T, UNROLL
@@ -233,8 +233,8 @@ def backward_2d_kernel(
             tl.debug_barrier()
             dA = tl.sum(tl.reshape(dA, [S, DP // R, R, NP]), axis=0)
             head = tl.arange(0, DP // R)[:, None] + tl.arange(0, R)[None, :] * (DP // R)
-            at = dA_ptr + (part * DP + head)[:, :, None] * NP + n[None, None, :]
-            tl.store(at, tl.load(at) + dA)
+            dA_at = dA_ptr + (part * DP + head)[:, :, None] * NP + n[None, None, :]
+            tl.store(dA_at, tl.load(dA_at) + dA)
 
             # Gradients of the pre-activations over w, those of x that bypass the projections over dy.
             for c in range(0, DP, CB):
@@ -244,21 +244,21 @@ def backward_2d_kernel(
                 dD = tl.zeros([CB], tl.float32)
                 for start in range(0, P, ROWS):
                     position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
-                    at = (start + tl.arange(0, ROWS))[:, None] * DP + col[None, :]
+                    cell = (start + tl.arange(0, ROWS))[:, None] * DP + col[None, :]
                     mask = valid[:, None] & (col < DP)[None, :]
-                    delta = tl.load(delta_row + at, mask=mask, other=0.0)
-                    by_input = tl.load(w_row + at, mask=mask, other=0.0)
-                    by_decay = tl.load(dy_row + at, mask=mask, other=0.0)
+                    delta = tl.load(delta_row + cell, mask=mask, other=0.0)
+                    by_input = tl.load(w_row + cell, mask=mask, other=0.0)
+                    by_decay = tl.load(dy_row + cell, mask=mask, other=0.0)
                     x = _load_map(x_map, position, valid, col, d)
                     dy = _load_map(dy_map, position, valid, col, d)
                     ddelta = (x * by_input + by_decay) * softplus_slope(delta)
                     dbias += tl.sum(ddelta, axis=0)
                     dD += tl.sum(dy * x, axis=0)
-                    tl.store(w_row + at, ddelta, mask=(col < DP)[None, :])
-                    tl.store(dy_row + at, delta * by_input + skip[None, :] * dy, mask=(col < DP)[None, :])
-                at = part * DP + col
-                tl.store(dbias_ptr + at, tl.load(dbias_ptr + at, mask=col < DP) + dbias, mask=col < DP)
-                tl.store(dD_ptr + at, tl.load(dD_ptr + at, mask=col < DP) + dD, mask=col < DP)
+                    tl.store(w_row + cell, ddelta, mask=(col < DP)[None, :])
+                    tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy, mask=(col < DP)[None, :])
+                total_at = part * DP + col
+                tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at, mask=col < DP) + dbias, mask=col < DP)
+                tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at, mask=col < DP) + dD, mask=col < DP)
             if G > 1:
                 for start in range(0, P, ROWS):
                     r = start + tl.arange(0, ROWS)
@@ -281,32 +281,32 @@ def backward_2d_kernel(
                         ddelta = tl.load(w_row + r[:, None] * DP + kk[None, :], mask=(kk < DP)[None, :], other=0.0)
                         acc = _dot(ddelta, tl.load(weight + kk[:, None] * KD + col[None, :]), acc)
                     acc = _dot(dbc, tl.load(weight + (KD + m)[:, None] * KD + col[None, :]), acc)
-                    at = dx_map + position[:, None] * d + col[None, :]
+                    dx_at = dx_map + position[:, None] * d + col[None, :]
                     mask = valid[:, None] & (col < d)[None, :]
-                    acc += tl.load(at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
-                    tl.store(at, acc, mask=mask)
+                    acc += tl.load(dx_at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                    tl.store(dx_at, acc, mask=mask)
 
             dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
             for c in range(0, DP, CB):
                 col = c + cb
                 for k in range(0, DP, CB):
                     kk = k + cb
-                    at = dweight + kk[:, None] * KD + col[None, :]
-                    acc = tl.load(at)
+                    dw_at = dweight + kk[:, None] * KD + col[None, :]
+                    acc = tl.load(dw_at)
                     for start in range(0, P, ROWS):
                         position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
                         r = start + tl.arange(0, ROWS)
                         ddelta = tl.load(w_row + r[None, :] * DP + kk[:, None], mask=(kk < DP)[:, None], other=0.0)
                         acc = _dot(ddelta, _load_map(x_map, position, valid, col, d), acc)
-                    tl.store(at, acc)
-                at = dweight + (KD + m)[:, None] * KD + col[None, :]
-                acc = tl.load(at)
+                    tl.store(dw_at, acc)
+                dw_at = dweight + (KD + m)[:, None] * KD + col[None, :]
+                acc = tl.load(dw_at)
                 for start in range(0, P, ROWS):
                     position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
                     r = start + tl.arange(0, ROWS)
                     dbc = tl.load(sums + r[None, :] * (2 * NP) + m[:, None])
                     acc = _dot(dbc, _load_map(x_map, position, valid, col, d), acc)
-                tl.store(at, acc)
+                tl.store(dw_at, acc)
             tl.debug_barrier()
 
 
@@ -341,13 +341,12 @@ def _plan(x: Tensor, A: Tensor) -> _Plan:
     return _Plan(*x.shape, A.shape[1])
 
 
-def states_shape_2d(
-    batch: int, height: int, width: int, channels: int, state: int
-) -> tuple[int, int, int, int, int] | tuple[int, int, int, int]:
+def states_shape_2d(x: Tensor, state: int) -> list[int]:
     """Shape of ``states``: (batch, 4, chunks, channels, state); as the 1D scan's beyond ``MAX_BLOCK`` channels."""
-    if channels > MAX_BLOCK:
-        return states_shape_1d(batch, 4 * channels, height * width, 4, state)
-    return batch, 4, _Plan(batch, height, width, channels, state).chunks, channels, state
+    batch, height, width, d = x.shape
+    if d > MAX_BLOCK:
+        return states_shape_1d(x.new_empty(batch, 4 * d, height * width), state, 4)
+    return [batch, 4, _Plan(batch, height, width, d, state).chunks, d, state]
 
 
 def _fold(plan: _Plan, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> Tensor:
