@@ -4,7 +4,8 @@ Masks are PNG, BMP, TIFF or NIfTI with 0 and 1, or 0 and 255 (several classes: -
 their sub-folders. A case's name is its path without extension and without _mask, _segmentation, _lesion, _prediction
 and the like, so ISIC_0000000_mask.png is scored against ISIC_0000000_segmentation.png.
 
-Figures, in the order of the paper's table (parameters, operations, DSC, IoU, precision, recall):
+Figures, in the order of the paper's table: parameters and operations (as `dermomamba info`
+counts them, with --model), DSC, IoU, precision, recall:
   mean of images        each image counts once; 95 % interval by bootstrap over images
   pooled over pixels    one figure from the pixel counts of all images (VM-UNet and its kin); large images weigh more
   as the authors' code  with --probabilities: soft Dice, IoU of the mask, precision and recall at a logit of 0.5
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another method's masks, or the --csv of its evaluation: adds paired Wilcoxon p-values",
     )
     parser.add_argument(
+        "-m",
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="trained model (results folder or exported zip): adds its parameters and operations to the table",
+    )
+    parser.add_argument(
         "--missing",
         choices=("fail", "empty", "skip"),
         default="fail",
@@ -103,6 +111,12 @@ def _run(args: argparse.Namespace) -> int:
         resize=args.resize,
         tolerance=args.boundary_tolerance / 100,
     )
+    cost = None
+    if args.model:
+        from nnunetv2_dermomamba.info import count_cost, load_model
+
+        model = load_model(args.model)
+        cost = count_cost(model.network, model.channels, model.patch_size)
     shared = {"settings": settings, "processes": args.np, "progress": True}
     evaluation = evaluate(
         args.predictions,
@@ -116,13 +130,13 @@ def _run(args: argparse.Namespace) -> int:
         is_table = args.against.suffix.lower() == ".csv"
         other = output.read_csv(args.against) if is_table else evaluate(args.against, args.ground_truth, **shared).frame
         evaluation.against(other, str(args.against))
-    print(output.format_table(evaluation))
+    print(output.format_table(evaluation, cost))
     if args.csv:
         output.write_csv(evaluation, args.csv)
     if args.json:
-        output.write_json(evaluation, args.json)
+        output.write_json(evaluation, args.json, cost)
     if args.report:
-        write_report(evaluation, args.report, args.predictions, args.ground_truth)
+        write_report(evaluation, args.report, args.predictions, args.ground_truth, cost)
     return int(_is_incomplete(evaluation.frame, tolerated=MISSING if args.missing != "fail" else None))
 
 

@@ -15,10 +15,10 @@ import pandas as pd
 from nnunetv2_dermomamba import __version__
 from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, PER_IMAGE, POOLED
 from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
+from nnunetv2_dermomamba.info import Cost
 
 __all__ = [
     "METRICS",
-    "Cost",
     "Metric",
     "as_dict",
     "format_table",
@@ -68,14 +68,6 @@ KINDS = {
     POOLED: "pooled over pixels",
     AUTHORS: "as the authors' code",
 }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A network's size: parameters, and multiply-adds plus state updates for one image of the patch size."""
-
-    parameters: int
-    operations: int
 
 
 def format_table(evaluation: Evaluation, cost: Cost | None = None) -> str:
@@ -192,7 +184,7 @@ def as_dict(evaluation: Evaluation, cost: Cost | None = None) -> dict[str, Any]:
     result = {
         "version": __version__,
         "settings": asdict(evaluation.settings),
-        "cost": asdict(cost) if cost else None,
+        "cost": {**asdict(cost), "operations": cost.operations} if cost else None,
         "figures": {
             label: {kind: {m: asdict(f) for m, f in figures.items()} for kind, figures in kinds.items()}
             for label, kinds in evaluation.figures.items()

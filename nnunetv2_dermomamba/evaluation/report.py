@@ -13,7 +13,8 @@ from markupsafe import Markup
 from nnunetv2_dermomamba import __version__
 from nnunetv2_dermomamba.evaluation import metrics as definitions
 from nnunetv2_dermomamba.evaluation.evaluate import Evaluation
-from nnunetv2_dermomamba.evaluation.output import METRICS, Cost, metric_rows, paper_rows, remarks, write_text
+from nnunetv2_dermomamba.evaluation.output import METRICS, metric_rows, paper_rows, remarks, write_text
+from nnunetv2_dermomamba.info import Cost
 
 __all__ = ["thumbnail_pixels", "write_report"]
 
