@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion import dataset
-from nnunetv2_dermomamba.conversion.isic2018 import main
+from nnunetv2_dermomamba.conversion import case, dataset
+from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.conversion.isic2018 import DESCRIPTION, find_isic2018, main
 
 NAME = "Dataset118_ISIC2018"
 
@@ -57,8 +59,8 @@ def test_all_bad_cases_are_listed_together(isic, raw, capsys):
     assert convert(isic) == 1
     message = capsys.readouterr().err
     assert "7 bad cases" in message
-    for case, reason in expected.items():
-        line = next(line for line in message.splitlines() if line.startswith(f"  '{case}'"))
+    for bad, reason in expected.items():
+        line = next(line for line in message.splitlines() if line.startswith(f"  '{bad}'"))
         assert reason in line
         assert str(isic.root) in line
     assert "good" not in message
@@ -71,7 +73,7 @@ def test_skip_bad_lists_them_in_a_file(isic, raw, capsys):
     assert convert(isic, "--skip-bad") == 0
     lines = (raw / NAME / "skipped_cases.txt").read_text().splitlines()
     assert [(line.split("'")[1], reason in line) for line, reason in zip(lines, expected.values(), strict=True)] == [
-        (case, True) for case in expected
+        (bad, True) for bad in expected
     ]
     assert os.listdir(raw / NAME / "imagesTr") == ["good_0000.png"]
     assert json.loads((raw / NAME / "dataset.json").read_text())["numTraining"] == 1
@@ -96,9 +98,7 @@ def test_mending_the_source_reconverts_only_what_changed(isic, raw, monkeypatch)
     isic.files("c")[1].unlink()
     converted = []
     real = dataset.convert_case
-    monkeypatch.setattr(
-        dataset, "convert_case", lambda case, *rest: converted.append(case.case_id) or real(case, *rest)
-    )
+    monkeypatch.setattr(dataset, "convert_case", lambda one, *rest: converted.append(one.case_id) or real(one, *rest))
     assert convert(isic) == 0
     assert converted == ["b"]
     assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png"]
@@ -199,6 +199,47 @@ def test_a_full_disk_leaves_no_half_file(isic, raw, capsys):
     for file in raw.rglob("*.png"):
         Image.open(file).load()
     assert not list(raw.rglob("*writing*"))
+    assert convert(isic) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("step", ["_write_json", "write_png", "sync"])
+def test_a_write_that_fails_at_any_step(isic, raw, capsys, monkeypatch, number, step):
+    isic.add("a", "b", "c")
+    assert convert(isic, "--size", "12x16") == 0
+    before = contents(raw / NAME)
+    calls = []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2 or step == "sync":
+            raise OSError(number, os.strerror(number), "some file")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        module = {"_write_json": dataset, "write_png": case, "sync": os}[step]
+        real = getattr(module, step)
+        patch.setattr(module, step, fail_at_the_second)
+        assert convert(isic, "--overwrite") == 1
+    assert os.strerror(number) in capsys.readouterr().err
+    assert contents(raw / NAME) == before
+    assert convert(isic, "--overwrite") == 0
+    assert Image.open(raw / NAME / "imagesTr" / "c_0000.png").size == (32, 24)
+    assert os.listdir(raw) == [NAME]
+
+
+def test_what_must_precede_publication_can_stop_it(isic, raw):
+    isic.add("a")
+
+    def refuse(training_cases):
+        assert training_cases == ["a"]
+        raise ConversionError("no")
+
+    with pytest.raises(ConversionError, match="no"):
+        dataset.convert_dataset(
+            find_isic2018(isic.root), DESCRIPTION, raw / NAME, dataset.Options((24, 32), workers=1), refuse
+        )
+    assert not (raw / NAME).exists()
     assert convert(isic) == 0
 
 
