@@ -35,6 +35,7 @@ class DatasetKind:
     Attributes:
         description: For ``dataset.json``; its name names the data set folder.
         default_id: nnU-Net's data set number.
+        layout: What the source holds, for ``--help``.
         find: Takes the source folder, returns what is there.
         archives: Official archives, without ".zip"; empty if they cannot be downloaded.
         download_address: Where they are.
@@ -43,6 +44,7 @@ class DatasetKind:
 
     description: Description
     default_id: int
+    layout: str
     find: Callable[[Path], Inventory]
     archives: tuple[str, ...] = ()
     download_address: str = ""
@@ -140,13 +142,18 @@ def _environment_folder(variable: str) -> Path:
 
 def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=f"Convert {kind.description.name} to $nnUNet_raw/Dataset{kind.default_id}_{kind.description.name}, "
-        "nnU-Net's raw data format. The data set appears only when it is complete; an interrupted run goes on when the "
-        "command is given again.",
-        epilog=f"{kind.description.reference}. Licence: {kind.description.licence}.",
+        description=f"Convert {kind.description.name} to a folder such as "
+        f"$nnUNet_raw/Dataset{kind.default_id:03d}_{kind.description.name}, in nnU-Net's raw data format. The data set appears only when it is complete; an interrupted run goes on when the "
+        "same command is given again.",
+        epilog="Exit codes: 0 done, 1 error, 2 no data found or wrong command line, 130 interrupted. "
+        f"Data: {kind.description.reference}. Licence: {kind.description.licence}.",
     )
     parser.add_argument(
-        "--source", type=Path, default=default_source, metavar="DIR", help="the unpacked data (default: %(default)s)"
+        "--source",
+        type=Path,
+        default=default_source,
+        metavar="DIR",
+        help=f"the unpacked data: {kind.layout}; a folder above or below is found too (default: %(default)s)",
     )
     parser.add_argument(
         "--dataset-id", type=_dataset_id, default=kind.default_id, metavar="N", help="1 to 999 (default: %(default)s)"
@@ -183,7 +190,7 @@ def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
             nargs="?",
             const=kind.download_address,
             metavar="ADDRESS",
-            help="first fetch the missing archives, about 16 GB, into the source folder; goes on where a broken "
+            help="first fetch the missing archives, about 13 GB, into the source folder; goes on where a broken "
             "download stopped (from %(const)s, or a mirror's address)",
         )
     if kind.has_paper_split:

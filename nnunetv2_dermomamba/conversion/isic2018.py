@@ -89,6 +89,9 @@ def how_to_get(source: Path) -> str:
 ISIC2018 = DatasetKind(
     description=DESCRIPTION,
     default_id=118,
+    layout="a folder with ISIC2018_Task1-2_Training_Input/ISIC_*.jpg and "
+    "ISIC2018_Task1_Training_GroundTruth/ISIC_*_segmentation.png (Validation and Test likewise, optional), or with "
+    "plain images/ and masks/",
     find=find_isic2018,
     archives=ARCHIVES,
     download_address=DOWNLOAD_ADDRESS,

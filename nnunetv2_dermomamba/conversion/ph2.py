@@ -74,7 +74,12 @@ def _files(folder: Path) -> list[Path]:
     return image_files(folder) if folder.is_dir() else []
 
 
-PH2 = DatasetKind(description=DESCRIPTION, default_id=119, find=find_ph2)
+PH2 = DatasetKind(
+    description=DESCRIPTION,
+    default_id=119,
+    layout="a folder with 'PH2 Dataset images/IMD*/', which is in PH2Dataset.rar",
+    find=find_ph2,
+)
 
 
 def main(arguments: Sequence[str] | None = None, default_source: Path = Path("data", "PH2")) -> int:
