@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.path import Path as Polygon
 from PIL import Image
-from skimage.measure import approximate_polygon, find_contours
+from skimage.measure import find_contours
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.conversion.images import read_photograph
@@ -92,8 +93,16 @@ def _path(mask: np.ndarray | None, label: int, scale: float) -> str:
     parts = []
     for contour in find_contours(np.pad(reduced, 1), 127.5):
         # A pixel's centre is half a pixel inside its edge; the padding adds one.
-        points = np.rint((approximate_polygon(contour, SIMPLIFICATION)[:-1, ::-1] - 0.5) * to_canvas).astype(int)
+        points = np.rint((_simplify(contour)[:-1, ::-1] - 0.5) * to_canvas).astype(int)
         if len(points) > 2:
             steps = " ".join(f"{x} {y}" for x, y in np.diff(points, axis=0).tolist())
             parts.append(f"M{points[0, 0]} {points[0, 1]}l{steps}z".replace(" -", "-"))
     return "".join(parts)
+
+
+def _simplify(contour: np.ndarray) -> np.ndarray:
+    """Closed contour (N, 2) with fewer points, the first repeated at the end."""
+    polygon = Polygon(contour)
+    polygon.should_simplify, polygon.simplify_threshold = True, SIMPLIFICATION
+    simple = polygon.cleaned(simplify=True)
+    return simple.vertices[simple.codes != Polygon.STOP]
