@@ -143,7 +143,8 @@ def _environment_folder(variable: str) -> Path:
 def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=f"Convert {kind.description.name} to a folder such as "
-        f"$nnUNet_raw/Dataset{kind.default_id:03d}_{kind.description.name}, in nnU-Net's raw data format. The data set appears only when it is complete; an interrupted run goes on when the "
+        f"$nnUNet_raw/Dataset{kind.default_id:03d}_{kind.description.name}, in nnU-Net's raw data format. "
+        "The data set appears only when it is complete; an interrupted run goes on when the "
         "same command is given again.",
         epilog="Exit codes: 0 done, 1 error, 2 no data found or wrong command line, 130 interrupted. "
         f"Data: {kind.description.reference}. Licence: {kind.description.licence}.",
