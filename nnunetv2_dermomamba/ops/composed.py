@@ -1,7 +1,7 @@
 """The 2D scan composed of copies, projections and a 1D scan: what a fused backend must equal.
 
-The four directions are VMamba's (Liu et al., "VMamba: Visual State Space Model", 2024): row-major, column-major, and both
-reversed. Writes every direction's copy, B, C and dt to memory; backends with a 1D kernel only are served this way.
+The four directions are VMamba's (Liu et al., "VMamba: Visual State Space Model", 2024): row-major, column-major, and
+both reversed. Writes every direction's copy, B, C and dt to memory; backends with only a 1D kernel are served this way.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def selective_scan_2d_composed(
     """
     height, width = x.shape[1:3]
     state, rank = A.shape[1], dt_projs_weight.shape[2]
-    xs = cross_scan(x)
-    dt, B, C = torch.einsum("bkdl,kcd->bkcl", xs, x_proj_weight).split([rank, state, state], dim=2)
-    delta = torch.einsum("bkrl,kdr->bkdl", dt, dt_projs_weight)
-    y = scan(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, Ds, dt_projs_bias.flatten(), True)
-    return cross_merge(y.unflatten(1, xs.shape[1:3]), height, width)
+    with torch.autocast(x.device.type, enabled=False):
+        xs = cross_scan(x.to(torch.promote_types(x.dtype, torch.float32)))
+        dt, B, C = torch.einsum("bkdl,kcd->bkcl", xs, x_proj_weight).split([rank, state, state], dim=2)
+        delta = torch.einsum("bkrl,kdr->bkdl", dt, dt_projs_weight)
+        y = scan(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, Ds, dt_projs_bias.flatten(), True)
+        return cross_merge(y.unflatten(1, xs.shape[1:3]), height, width)
