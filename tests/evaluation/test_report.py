@@ -140,6 +140,18 @@ def test_a_bar_of_a_distribution_filters(opened, cases):
     assert names(opened)[0] == worst[1]
 
 
+def test_the_last_bar_holds_what_lies_beyond_the_axis(browser, tmp_path):
+    masks, truth = save_pairs(tmp_path, count=60)
+    save_mask(masks / "case_0_mask.png", np.zeros((96, 128), dtype=bool))
+    browser.get(write(tmp_path, masks, truth).as_uri())
+    figure = next(f for f in find(browser, ".histogram") if f.text.startswith("HD95"))
+    assert "≥" in figure.find_element("css selector", ".axis").text
+    bars = figure.find_elements("css selector", "g")
+    assert sum(int(re.search(r": (\d+) images", bar.get_attribute("aria-label"))[1]) for bar in bars) == 60
+    browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click'))", bars[-1])
+    assert names(browser)[0] == "case_0"
+
+
 def test_pictures_have_both_contours(opened, cases):
     set_field(opened, "name", "case_0")
     opened.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 200))")

@@ -125,11 +125,12 @@ function showContours() {
 
 // ---- distributions ----
 
+/** Where the axis starts and ends; the few distances far beyond the rest go into the last bar. */
 function niceRange(metric, values) {
   if (metric.unit === "%") return [Math.min(95, Math.floor(Math.min(...values) / 5) * 5), 100];
-  const largest = Math.max(...values, 1e-9);
-  const step = 10 ** Math.floor(Math.log10(largest));
-  return [0, Math.ceil(largest / step) * step];
+  const usual = [...values].sort((a, b) => a - b)[Math.floor(0.98 * (values.length - 1))];
+  const step = 10 ** Math.floor(Math.log10(Math.max(usual, 1)));
+  return [0, Math.ceil((1.05 * usual) / step) * step || 1];
 }
 
 function histogram(metric) {
@@ -139,10 +140,12 @@ function histogram(metric) {
   const counts = new Array(BINS).fill(0);
   for (const value of values) counts[Math.min(BINS - 1, Math.floor(((value - low) / (high - low)) * BINS))] += 1;
   const most = Math.max(...counts);
+  const largest = Math.max(...values);
   const svg = svgElement("svg", { viewBox: `0 0 ${BINS} 100`, preserveAspectRatio: "none" });
   for (const [bin, count] of counts.entries()) {
     if (!count) continue;
-    const [from, to] = [bin, bin + 1].map((edge) => low + ((high - low) * edge) / BINS);
+    const edges = [bin, bin + 1].map((edge) => low + ((high - low) * edge) / BINS);
+    const [from, to] = [edges[0], bin === BINS - 1 ? Math.max(edges[1], largest) : edges[1]];
     const size = Math.max(2, (98 * count) / most);
     const name = `${metric.title} ${format(from)} to ${format(to)} ${metric.unit}: ${count} images`;
     const bar = svgElement("g", { tabindex: "0", role: "button", "aria-label": name },
@@ -159,12 +162,12 @@ function histogram(metric) {
     svg.append(bar);
   }
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
-  const x = ((mean - low) / (high - low)) * BINS;
+  const x = Math.min(1, (mean - low) / (high - low)) * BINS;
   svg.append(svgElement("line", { x1: x, x2: x, y1: 0, y2: 100 }));
   return element("figure", { class: "histogram" },
     element("figcaption", {}, element("span", {}, metric.title), element("span", {}, withUnit(metric, mean))),
     svg,
-    element("div", { class: "axis" }, element("span", {}, String(low)), element("span", {}, `${high} ${metric.unit}`)));
+    element("div", { class: "axis" }, element("span", {}, String(low)), element("span", {}, `${largest > high ? "≥ " : ""}${high} ${metric.unit}`)));
 }
 
 function drawHistograms() {
