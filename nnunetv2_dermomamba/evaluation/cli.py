@@ -118,6 +118,10 @@ def _run(args: argparse.Namespace) -> int:
         model = load_model(args.model)
         cost = count_cost(model.network, model.channels, model.patch_size)
     shared = {"settings": settings, "processes": args.np, "progress": True}
+    other = None
+    if args.against:
+        is_table = args.against.suffix.lower() == ".csv"
+        other = output.read_csv(args.against) if is_table else evaluate(args.against, args.ground_truth, **shared).frame
     evaluation = evaluate(
         args.predictions,
         args.ground_truth,
@@ -126,9 +130,7 @@ def _run(args: argparse.Namespace) -> int:
         thumbnail=thumbnail_pixels if args.report else None,
         **shared,
     )
-    if args.against:
-        is_table = args.against.suffix.lower() == ".csv"
-        other = output.read_csv(args.against) if is_table else evaluate(args.against, args.ground_truth, **shared).frame
+    if other is not None:
         evaluation.against(other, str(args.against))
     print(output.format_table(evaluation, cost))
     if args.csv:

@@ -50,12 +50,21 @@ class Settings:
         resize: Bring a prediction of another size to its ground truth's (nearest neighbour; probabilities bilinear)
             instead of failing the case.
         tolerance: Boundary F1's tolerance as a share of the image's diagonal.
+
+    Raises:
+        ValueError: A label is not between 1 and 255, or the tolerance is negative.
     """
 
     labels: tuple[int, ...] | None = None
     missing_as_empty: bool = False
     resize: bool = False
     tolerance: float = BOUNDARY_TOLERANCE
+
+    def __post_init__(self) -> None:
+        if not all(1 <= label <= 255 for label in self.classes):
+            raise ValueError(f"labels are between 1 and 255 (0 is background), not {list(self.classes)}")
+        if not self.tolerance >= 0:
+            raise ValueError(f"the boundary tolerance cannot be {self.tolerance}")
 
     @property
     def classes(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -189,6 +190,25 @@ def test_against_a_folder_and_against_its_table(pairs, tmp_path, capsys):
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
     assert run("-p", masks, "-g", truth, "--against", tmp_path / "no.csv") == 2
     assert "no.csv is no table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["-l", 0, 1], "0 is background"), (["--boundary-tolerance", -1], "-0.01")]
+)
+def test_senseless_options_are_refused(pairs, capsys, options, message):
+    masks, truth = pairs
+    assert run("-p", masks, "-g", truth, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_reported(pairs, capsys, monkeypatch):
+    def killed(*_, **__):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("nnunetv2_dermomamba.evaluation.evaluate.evaluate", killed)
+    masks, truth = pairs
+    assert run("-p", masks, "-g", truth) == 2
+    assert "fewer than -np 1" in capsys.readouterr().err
 
 
 def test_numeric_case_names_stay_text(tmp_path):
