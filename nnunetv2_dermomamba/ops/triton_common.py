@@ -25,6 +25,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = 32  # T: longer chunks mean fewer saved states, shorter ones a scratch that stays in the cache
 UNROLL = 4  # steps whose states the backward walk holds in registers; divides CHUNK
+RUN = 2  # R, channels of one thread
+FORWARD_REGISTERS, BACKWARD_REGISTERS = 128, 168  # a thread: 16 and 12 warps a processor
 MAX_BLOCK = 128  # channels of one program
 
 
@@ -49,6 +51,17 @@ class Tile:
         """Partial sums over channels that the backward walk leaves per position: one for each warp."""
         return max(1, self.DP // self.R // 8)
 
+    @property
+    def forward_scratch(self) -> int:
+        """Floats of a program's rows in the summary and forward kernels: delta, w (later y), B and C."""
+        return self.P * (2 * self.DP + 2 * self.NP)
+
+    @property
+    def backward_scratch(self) -> int:
+        """The same of the backward kernels: dy, checkpoints and partial dB and dC besides."""
+        partial = self.P * self.G * 2 * self.NP if self.G > 1 else 0
+        return self.forward_scratch + self.P * self.DP + self.T // UNROLL * self.S * self.DP * self.NP + partial
+
     def constants(self) -> dict[str, int]:
         """Keyword arguments of the kernels."""
         return {"DP": self.DP, "NP": self.NP, "R": self.R, "S": self.S, "T": self.T, "num_warps": self.num_warps}
@@ -57,7 +70,7 @@ class Tile:
 def tile_for(channels: int, state: int) -> Tile:
     """Tile for one block of ``channels`` (at most ``MAX_BLOCK``)."""
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
-    run = min(4, padded)
+    run = min(RUN, padded)
     groups = padded // run
     segments = max(1, 8 // groups)
     threads = segments * groups * max(1, states // 4)
@@ -74,12 +87,17 @@ def chunk_count(length: int, tile: Tile) -> int:
     return ceil_div(length, tile.P) * tile.S
 
 
-def program_count(device: torch.device, items: int, tile: Tile) -> int:
-    """Programs of a persistent launch: enough to fill the device, few enough for their scratch to stay in its cache."""
-    if device.type != "cuda":
-        return min(items, 2)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(items, processors * max(2, 8 // tile.num_warps))
+def launch(like: Tensor, items: int, tile: Tile, floats: int, registers: int) -> tuple[Tensor, tuple[int], dict[str, int]]:
+    """Scratch (``floats`` a program), grid and options of a persistent launch that ``registers`` a thread can fill.
+
+    As many programs as the device holds at once, so that each keeps its scratch in the cache.
+    """
+    programs = 2
+    if like.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(like.device).multi_processor_count
+        programs = processors * max(1, 65536 // registers // (32 * tile.num_warps))
+    programs = min(items, programs)
+    return like.new_empty(programs * floats, dtype=torch.float32), (programs,), {"maxnreg": registers, "num_stages": 1}
 
 
 @triton.jit
@@ -141,18 +159,21 @@ def walk_summary(
     row = segment * T
     if ADJOINT:
         row += T - 1
-    for _ in range(T):
-        delta = tl.load(delta_ptr + row[:, None] * DP + channel)
-        v = tl.load(v_ptr + row[:, None] * DP + channel)
-        m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
+    delta = tl.load(delta_ptr + row[:, None] * DP + channel)
+    v = tl.load(v_ptr + row[:, None] * DP + channel)
+    m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
+    for i in range(T):
+        row = segment * T + (tl.maximum(T - 2 - i, 0) if ADJOINT else tl.minimum(i + 1, T - 1))
+        next_delta = tl.load(delta_ptr + row[:, None] * DP + channel)
+        next_v = tl.load(v_ptr + row[:, None] * DP + channel)
+        next_m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
         a = tl.exp2(delta[:, :, None] * A2)
         if ADJOINT:
             h = (h + v[:, :, None] * m[:, None, :]) * a
-            row -= 1
         else:
             h = h * a + v[:, :, None] * m[:, None, :]
-            row += 1
         total += delta
+        delta, v, m = next_delta, next_v, next_m
     return h, total
 
 
@@ -160,16 +181,21 @@ def walk_summary(
 def walk_output(
     delta_ptr, w_ptr, bc_ptr, h, A2, channel, segment, n, DP: tl.constexpr, NP: tl.constexpr, T: tl.constexpr
 ):
-    """``y = <C, h>`` of every position, written over w."""
+    """``y = <C, h>`` of every position, written over w. Each step loads the next one's rows ahead of its store."""
     row = segment * T
-    for _ in range(T):
-        delta = tl.load(delta_ptr + row[:, None] * DP + channel)
-        w = tl.load(w_ptr + row[:, None] * DP + channel)
-        b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
-        c = tl.load(bc_ptr + NP + row[:, None] * (2 * NP) + n[None, :])
+    delta = tl.load(delta_ptr + row[:, None] * DP + channel)
+    w = tl.load(w_ptr + row[:, None] * DP + channel)
+    b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
+    c = tl.load(bc_ptr + NP + row[:, None] * (2 * NP) + n[None, :])
+    for i in range(T):
+        following = segment * T + tl.minimum(i + 1, T - 1)
+        next_delta = tl.load(delta_ptr + following[:, None] * DP + channel)
+        next_w = tl.load(w_ptr + following[:, None] * DP + channel)
+        next_b = tl.load(bc_ptr + following[:, None] * (2 * NP) + n[None, :])
+        next_c = tl.load(bc_ptr + NP + following[:, None] * (2 * NP) + n[None, :])
         h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
-        tl.store(w_ptr + row[:, None] * DP + channel, tl.sum(h * c[:, None, :], axis=2))
-        row += 1
+        tl.store(w_ptr + (segment * T + i)[:, None] * DP + channel, tl.sum(h * c[:, None, :], axis=2))
+        delta, w, b, c = next_delta, next_w, next_b, next_c
 
 
 @triton.jit

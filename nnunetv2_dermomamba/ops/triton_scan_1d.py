@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nnunetv2_dermomamba.ops import triton_common
 from nnunetv2_dermomamba.ops.triton_common import (
     MAX_BLOCK,
     UNROLL,
@@ -18,8 +19,8 @@ from nnunetv2_dermomamba.ops.triton_common import (
     ceil_div,
     chunk_count,
     combine,
+    launch,
     load_decay,
-    program_count,
     softplus,
     softplus_slope,
     tile_for,
@@ -160,13 +161,13 @@ def backward_kernel(
     """
     P: tl.constexpr = S * T
     G: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    slot: tl.constexpr = P * (3 * DP + 2 * NP + G * 2 * NP) + (T // UNROLL) * S * DP * NP
+    slot: tl.constexpr = P * (3 * DP + 2 * NP + (G * 2 * NP if G > 1 else 0)) + (T // UNROLL) * S * DP * NP
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * slot
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
-    dbc_row = bc_row + P * 2 * NP
-    checkpoint = dbc_row + P * G * 2 * NP
+    checkpoint = bc_row + P * 2 * NP
+    dbc_row = checkpoint + (T // UNROLL) * S * DP * NP if G > 1 else bc_row
     p = tl.arange(0, P)
     cc = tl.arange(0, DP)
     nn = tl.arange(0, NP)
@@ -262,10 +263,6 @@ class _Plan:
         sizes = (self.items, length, dim, self.group_dim, state, groups, self.blocks, self.per_row, self.chunks)
         self.sizes = sizes
 
-    def scratch(self, like: Tensor, per_program: int) -> tuple[Tensor, tuple[int]]:
-        programs = program_count(like.device, self.items, self.tile)
-        return like.new_empty(programs * per_program, dtype=torch.float32), (programs,)
-
 
 def _plan(u: Tensor, B: Tensor) -> _Plan:
     return _Plan(u.shape[0], u.shape[1], u.shape[2], B.shape[1], B.shape[2])
@@ -287,10 +284,10 @@ def _summaries(
         return A.new_zeros(shape)
     state = A.new_empty(shape)
     total = A.new_empty(shape[:3])
-    scratch, grid = plan.scratch(A, tile.P * (2 * tile.DP + 2 * tile.NP))
+    scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, triton_common.FORWARD_REGISTERS)
     summary_kernel[grid](
         v, delta, A, M, bias, state, total, scratch, *plan.sizes,
-        HAS_BIAS=bias is not None, SOFTPLUS=softplus, ADJOINT=adjoint, **tile.constants()
+        HAS_BIAS=bias is not None, SOFTPLUS=softplus, ADJOINT=adjoint, **tile.constants(), **options
     )  # fmt: skip
     combine(state, total, A, 1, adjoint)
     return state
@@ -325,10 +322,10 @@ def scan_1d_forward(
     y = torch.empty_like(u, dtype=torch.float32)
     with torch.cuda.device_of(u):
         states = _summaries(u, delta, A, B, delta_bias, delta_softplus, False)
-        scratch, grid = plan.scratch(u, tile.P * (2 * tile.DP + 2 * tile.NP))
+        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, triton_common.FORWARD_REGISTERS)
         forward_kernel[grid](
             u, delta, A, B, C, D, delta_bias, states, y, scratch, *plan.sizes,
-            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **tile.constants()
+            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **tile.constants(), **options
         )  # fmt: skip
     return y, states
 
@@ -360,15 +357,12 @@ def scan_1d_backward(
         dB, dC = (A.new_empty(plan.blocks, *B.shape) for _ in range(2))
         dD = None if D is None else A.new_empty(parts, dim)
         dbias = None if delta_bias is None else A.new_empty(parts, dim)
-        per_program = (
-            tile.P * (3 * tile.DP + 2 * tile.NP * (1 + tile.G)) + tile.T // UNROLL * tile.S * tile.DP * tile.NP
-        )
-        scratch, grid = plan.scratch(u, per_program)
+        scratch, grid, options = launch(A, plan.items, tile, tile.backward_scratch, triton_common.BACKWARD_REGISTERS)
         backward_kernel[grid](
             dy, u, delta, A, B, C, D, delta_bias, states, adjoints,
             du, ddelta, dA, dB, dC, dD, dbias, scratch, *plan.sizes,
-            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, UNROLL=UNROLL,
-            **tile.constants()
+            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, UNROLL=triton_common.UNROLL,
+            **tile.constants(), **options
         )  # fmt: skip
         missing = A.new_zeros(1, dim)
     dB, dC = (m[0] if plan.blocks == 1 else m.sum(0) for m in (dB, dC))

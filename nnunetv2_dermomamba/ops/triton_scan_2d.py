@@ -15,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nnunetv2_dermomamba.ops.composed import cross_merge, cross_scan
+from nnunetv2_dermomamba.ops import triton_common
 from nnunetv2_dermomamba.ops.triton_common import (
     MAX_BLOCK,
     UNROLL,
     ceil_div,
     chunk_count,
     combine,
+    launch,
     load_decay,
-    program_count,
     softplus,
     softplus_slope,
     tile_for,
@@ -45,7 +46,12 @@ def _positions(q, start, length, padded, height, width, column, reverse, P: tl.c
 
 @triton.jit
 def _dot(a, b, acc):
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    """``a b + acc`` to float32's precision from three tf32 products; ``tf32x3`` spends more on NaN than on products."""
+    a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
+    acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
+    return tl.dot(a_high, b_high, acc, input_precision="tf32")
 
 
 @triton.jit
@@ -193,13 +199,13 @@ def backward_2d_kernel(
     """One path and its reverse: adds to ``dx``, and to the program's own partial sums of the parameters' gradients."""
     P: tl.constexpr = S * T
     G: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    slot: tl.constexpr = P * (3 * DP + 2 * NP + G * 2 * NP) + (T // UNROLL) * S * DP * NP
+    slot: tl.constexpr = P * (3 * DP + 2 * NP + (G * 2 * NP if G > 1 else 0)) + (T // UNROLL) * S * DP * NP
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * slot
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
-    dbc_row = bc_row + P * 2 * NP
-    checkpoint = dbc_row + P * G * 2 * NP
+    checkpoint = bc_row + P * 2 * NP
+    dbc_row = checkpoint + (T // UNROLL) * S * DP * NP if G > 1 else bc_row
     cb = tl.arange(0, CB)
     m = tl.arange(0, 2 * NP)
     channel, segment, n = walk_index(DP, NP, R, S)
@@ -267,12 +273,11 @@ def backward_2d_kernel(
                         total += tl.load(dbc_row + (r * G + i)[:, None] * (2 * NP) + m[None, :])
                     tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], total)
             tl.debug_barrier()
-            sums = bc_row if G > 1 else dbc_row
 
             for start in range(0, P, ROWS):
                 position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
                 r = start + tl.arange(0, ROWS)
-                dbc = tl.load(sums + r[:, None] * (2 * NP) + m[None, :])
+                dbc = tl.load(bc_row + r[:, None] * (2 * NP) + m[None, :])
                 for c in range(0, DP, CB):
                     col = c + cb
                     acc = tl.load(dy_row + r[:, None] * DP + col[None, :], mask=(col < DP)[None, :], other=0.0)
@@ -304,7 +309,7 @@ def backward_2d_kernel(
                 for start in range(0, P, ROWS):
                     position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
                     r = start + tl.arange(0, ROWS)
-                    dbc = tl.load(sums + r[None, :] * (2 * NP) + m[:, None])
+                    dbc = tl.load(bc_row + r[None, :] * (2 * NP) + m[:, None])
                     acc = _dot(dbc, _load_map(x_map, position, valid, col, d), acc)
                 tl.store(dw_at, acc)
             tl.debug_barrier()
@@ -328,13 +333,8 @@ class _Plan:
             "N": state,
             "KD": self.KD,
             "CB": min(32, self.KD),
-            "ROWS": min(32, self.tile.P),
+            "ROWS": min(16, self.tile.P),
         }
-
-    def launch(self, like: Tensor, items: int, per_program: int) -> tuple[Tensor, tuple[int]]:
-        """Scratch and grid of a persistent launch."""
-        programs = program_count(like.device, items, self.tile)
-        return like.new_empty(programs * per_program, dtype=torch.float32), (programs,)
 
 
 def _plan(x: Tensor, A: Tensor) -> _Plan:
@@ -365,9 +365,9 @@ def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor,
         return A.new_zeros(shape)
     state, total = A.new_empty(shape), A.new_empty(shape[:4])
     tile, items = plan.tile, 4 * plan.items
-    scratch, grid = plan.launch(A, items, tile.P * (2 * tile.DP + 2 * tile.NP))
+    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, triton_common.FORWARD_REGISTERS)
     summary_2d_kernel[grid](
-        x, dy, weight, bias, A, state, total, scratch, items, *plan.sizes, ADJOINT=adjoint, **plan.constants
+        x, dy, weight, bias, A, state, total, scratch, items, *plan.sizes, ADJOINT=adjoint, **plan.constants, **options
     )
     combine(state, total, A, 4, adjoint)
     return state
@@ -397,10 +397,10 @@ def scan_2d_forward(
     with torch.cuda.device_of(x):
         weight = _fold(plan, x_proj_weight, dt_projs_weight, A.shape[1])
         states = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
-        scratch, grid = plan.launch(A, plan.items, tile.P * (2 * tile.DP + 2 * tile.NP))
+        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, triton_common.FORWARD_REGISTERS)
         for column in range(2):
             forward_2d_kernel[grid](
-                x, weight, dt_projs_bias, A, Ds, states, y, scratch, plan.items, *plan.sizes, column, **plan.constants
+                x, weight, dt_projs_bias, A, Ds, states, y, scratch, plan.items, *plan.sizes, column, **plan.constants, **options
             )
     return y, states
 
@@ -426,18 +426,17 @@ def scan_2d_backward(
     tile, d, state = plan.tile, x.shape[3], A.shape[1]
     rank = dt_projs_weight.shape[2]
     dx = torch.empty_like(x, dtype=torch.float32)
-    per_program = tile.P * (3 * tile.DP + 2 * tile.NP * (1 + tile.G)) + tile.T // UNROLL * tile.S * tile.DP * tile.NP
     with torch.cuda.device_of(x):
         weight = _fold(plan, x_proj_weight, dt_projs_weight, state)
         adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
-        scratch, grid = plan.launch(A, plan.items, per_program)
+        scratch, grid, options = launch(A, plan.items, tile, tile.backward_scratch, triton_common.BACKWARD_REGISTERS)
         widths = (plan.rows * plan.KD, tile.DP, tile.DP * tile.NP, tile.DP)
         columns = []
         for column in range(2):
             parts = [A.new_zeros(grid[0], 2, width) for width in widths]
             backward_2d_kernel[grid](
                 dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
-                plan.items, *plan.sizes, column, UNROLL=UNROLL, **plan.constants
+                plan.items, *plan.sizes, column, UNROLL=triton_common.UNROLL, **plan.constants, **options
             )  # fmt: skip
             columns.append([part.sum(0) for part in parts])
     # (2 paths, 2 ways) in the order row, row reversed, column, column reversed -> directions row, column, and reversed
