@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnunetv2_dermomamba import __version__
@@ -229,13 +230,14 @@ def read_csv(path: Path) -> pd.DataFrame:
         ValueError: The file is no such table.
     """
     try:
-        frame = pd.read_csv(path, dtype={"case": str}, keep_default_na=False, na_values={})
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if not {"case", "label", "status", "tp", "dice"} <= set(frame.columns):
+            raise ValueError("columns are missing")
+        numbers = frame.columns.difference(["case", "status", "message"])
+        # By way of Python's float, so that what was written comes back to the last bit.
+        frame[numbers] = frame[numbers].replace("", "nan").astype(np.float64)
+    except ValueError as error:  # pandas' own errors and UnicodeDecodeError are among them
         raise ValueError(f"{path} is no table written by `dermomamba evaluate --csv`: {error}") from error
-    if not {"case", "label", "status", "tp", "dice"} <= set(frame.columns):
-        raise ValueError(f"{path} is no table written by `dermomamba evaluate --csv`")
-    numbers = frame.columns.difference(["case", "status", "message"])
-    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
     return frame
 
 
