@@ -1,0 +1,147 @@
+"""Masks from photographs, with a trained nnU-Net model.
+
+Writes NAME_mask.png for each photograph, of its own size: 0 and 255, or the labels' values if the model has several
+classes. Folders are kept. Photographs that cannot be read are listed in failed.txt in MASKS; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nnunetv2_dermomamba.predict.photos import InputError, find_photos
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``dermomamba predict``; those of ``nnUNetv2_predict`` have the same names."""
+    parser.add_argument(
+        "-i",
+        required=True,
+        metavar="PHOTOS",
+        help="a file, a folder (with those below it), a quoted glob, or a .txt file with a path on each line: JPEG, "
+        "PNG, BMP, TIFF, WebP or DICOM dermoscopy",
+    )
+    parser.add_argument("-o", required=True, type=Path, metavar="MASKS", help="folder for the masks; made if missing")
+    parser.add_argument(
+        "-m",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="nnU-Net's results folder of a trainer, or the zip that nnUNetv2_export_model_to_zip wrote",
+    )
+    parser.add_argument(
+        "-f", nargs="+", metavar="FOLD", help="folds whose predictions are averaged (default: all that are there)"
+    )
+    parser.add_argument(
+        "-chk",
+        default="checkpoint_final.pth",
+        metavar="FILE",
+        help="checkpoint of each fold (default: %(default)s)",
+    )
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument(
+        "-step_size",
+        type=_step_size,
+        default=0.5,
+        metavar="SHARE",
+        help="step of the sliding window, as a share of the patch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--disable_tta", action="store_true", help="no averaging over flipped images: up to 4 times as fast"
+    )
+    parser.add_argument("--overlay", action="store_true", help="write NAME_overlay.jpg, the contour on the photograph")
+    parser.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="write NAME_probability.png with 16 bits, 65535 is 1 (NAME_probability_LABEL.png if there are several)",
+    )
+    parser.add_argument(
+        "--csv",
+        action="store_true",
+        help="write predictions.csv to MASKS: size, area, bounding box, centroid, parts, mean probability and seconds",
+    )
+    parser.add_argument("--resume", action="store_true", help="skip photographs whose results are there")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load a model that could run any code on this machine: only if you know who made it",
+    )
+
+
+def _step_size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``dermomamba predict``.
+
+    Returns:
+        Exit status: 0, 1 if some photographs have no mask, 2 if the run could not start or could not go on.
+    """
+    try:
+        photos = find_photos(args.i, args.o)
+    except (InputError, OSError) as error:
+        return _fail(error)
+
+    from tqdm import tqdm
+
+    from nnunetv2_dermomamba.predict.model import ModelError
+    from nnunetv2_dermomamba.predict.outputs import Outputs
+    from nnunetv2_dermomamba.predict.predictor import Predictor
+    from nnunetv2_dermomamba.predict.stream import FAILED_FILE, predict_photos
+
+    try:
+        predictor = Predictor(
+            args.m,
+            args.device,
+            folds=args.f,
+            checkpoint=args.chk,
+            mirroring=not args.disable_tta,
+            step_size=args.step_size,
+            trust=args.trust,
+        )
+    except (ModelError, RuntimeError) as error:  # PyTorch's, if the device is not there
+        return _fail(error)
+    model = predictor.model
+    print(
+        f"{model.trainer}, {model.checkpoint} of fold {', '.join(model.folds)}, on {predictor.device}", file=sys.stderr
+    )
+    if predictor.scan:
+        print(predictor.scan, file=sys.stderr)
+    settings = {"folds": model.folds, "mirroring": not args.disable_tta, "step size": args.step_size}
+    try:
+        with tqdm(total=len(photos), unit="photo", disable=None) as bar:
+            report = predict_photos(
+                predictor,
+                photos,
+                Outputs(args.o, args.overlay, args.probabilities),
+                table=args.csv,
+                resume=args.resume,
+                settings=settings,
+                progress=bar.update,
+            )
+    except InputError as error:
+        return _fail(error)
+    except OSError as error:
+        return _fail(f"{error}. What is complete was kept; give the command again with --resume to go on")
+    skipped = f", {report.skipped} were there already" if report.skipped else ""
+    print(f"{report.done} masks written to {str(args.o)!r}{skipped}")
+    for failure in report.failed:
+        print(f"failed: {failure}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    if report.failed:
+        print(f"{len(report.failed)} photographs failed, listed in {str(args.o / FAILED_FILE)!r}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
+def _fail(error: object) -> int:
+    print(f"dermomamba predict: error: {error}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return 2

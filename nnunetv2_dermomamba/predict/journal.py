@@ -1,0 +1,53 @@
+"""What a run has done, so that a killed one can go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nnunetv2_dermomamba.predict.outputs import write_atomically
+
+__all__ = ["Journal", "read_journal"]
+
+
+class Journal:
+    """What is done, a line of JSON for each photograph, so that a killed run can go on.
+
+    Args:
+        path: The file; it is replaced.
+        settings: What decides the results; entries of other settings are not resumed.
+        entries: Those to keep, by name.
+    """
+
+    def __init__(self, path: Path, settings: dict, entries: dict[str, dict]):
+        lines = [settings, *entries.values()]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.entries = entries
+        self._file = path.open("a")
+
+    def add(self, entry: dict) -> None:
+        """Note a finished photograph under ``entry["name"]``."""
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        self.entries[entry["name"]] = entry
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_journal(path: Path) -> tuple[dict, dict[str, dict]] | None:
+    """Settings and entries by name of an earlier run, or None if there was none."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:  # the line that a kill cut short
+            continue
+    if not parsed:
+        return None
+    return parsed[0], {entry["name"]: entry for entry in parsed[1:]}

@@ -1,0 +1,146 @@
+"""Which photographs to segment, and what to call what comes of them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_dermomamba.conversion.pairing import IMAGE_SUFFIXES
+from nnunetv2_dermomamba.predict.reading import is_dicom
+
+__all__ = ["InputError", "Photo", "find_photos"]
+
+SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".dcm", ".dicom")
+LIST_SUFFIXES = (".txt", ".lst", ".list")
+
+
+class InputError(ValueError):
+    """There is nothing to segment, or the results would overwrite it; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph to segment.
+
+    Attributes:
+        path: The file.
+        name: What its results are called, relative to the output folder and without ending.
+    """
+
+    path: Path
+    name: str
+
+
+def find_photos(source: str | Path, output: Path) -> list[Photo]:
+    """Find photographs and name their results.
+
+    Args:
+        source: A file; a folder, searched recursively; a glob; or a ``.txt`` file with a path on each line (relative
+            ones to its own folder), or with paths that end in zero bytes.
+        output: Folder for the results; if it lies in the source folder, it is not searched.
+
+    Returns:
+        The photographs, sorted. Each is named by its path below the folder, without suffix; photographs that would get
+        one name keep their suffix, and if that is not enough are numbered. Names that differ in case only count as one.
+
+    Raises:
+        InputError: Nothing is found, or results would lie among the photographs.
+    """
+    root, files = _files(str(source), output)
+    if not files:
+        raise InputError(f"no photographs in {str(source)!r}; looked for {', '.join(SUFFIXES)} and DICOM")
+    return _named(root, sorted(set(files)))
+
+
+def _files(source: str, output: Path) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files."""
+    path = Path(source)
+    if path.is_dir():
+        if os.path.realpath(path) == os.path.realpath(output):
+            raise InputError(f"{str(output)!r} holds the photographs; give another folder for the masks")
+        return path, list(_search(path, os.path.realpath(output)))
+    if path.suffix.lower() in LIST_SUFFIXES and path.is_file():
+        files = [Path(os.path.abspath(path)).parent / line for line in _lines(path)]
+        return _common_folder(files), files
+    if os.path.lexists(path):
+        return path.parent, [path]
+    if glob.has_magic(source):
+        found = [Path(file) for file in glob.glob(source, recursive=True)]
+        fixed = Path(*_until_magic(path.parent.parts))
+        return fixed, [file for file in found if file.is_file() and _is_photo(file)]
+    raise InputError(f"{source!r} does not exist")
+
+
+def _until_magic(parts: tuple[str, ...]) -> list[str]:
+    fixed = []
+    for part in parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return fixed
+
+
+def _lines(path: Path) -> list[str]:
+    data = path.read_bytes()
+    separated = data.split(b"\0") if b"\0" in data else data.splitlines()
+    return [os.fsdecode(line) for line in separated if line.strip()]
+
+
+def _common_folder(files: list[Path]) -> Path:
+    try:
+        return Path(os.path.commonpath([file.parent for file in files]))
+    except ValueError:  # none, or on several Windows drives
+        return Path()
+
+
+def _search(root: Path, skipped: str) -> Iterable[Path]:
+    """Photographs below a folder; links to folders are followed, but no folder is entered twice."""
+    seen = {skipped}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            file = Path(folder, name)
+            if not name.startswith(".") and _is_photo(file):
+                yield file
+
+
+def _is_photo(file: Path) -> bool:
+    suffix = file.suffix.lower()
+    return suffix in SUFFIXES or (not suffix[1:].isalpha() and is_dicom(file))  # DICOM names may be mere numbers
+
+
+def _named(root: Path, files: list[Path]) -> list[Photo]:
+    names = {file: _relative(file.with_suffix("") if file.suffix else file, root) for file in files}
+    for group in _clashes(names):
+        for file in group:
+            names[file] = _relative(file, root)
+    while groups := _clashes(names):
+        for group in groups:
+            for number, file in enumerate(group[1:], start=2):
+                names[file] += f"~{number}"
+    return [Photo(file, names[file]) for file in files]
+
+
+def _clashes(names: dict[Path, str]) -> list[list[Path]]:
+    same: dict[str, list[Path]] = defaultdict(list)
+    for file, name in names.items():
+        same[unicodedata.normalize("NFC", name).casefold()].append(file)
+    return [group for group in same.values() if len(group) > 1]
+
+
+def _relative(file: Path, root: Path) -> str:
+    try:
+        relative = file.relative_to(root)
+    except ValueError:  # a list may name anything
+        relative = Path(file.name)
+    return Path(*(part for part in relative.parts if part != "..")).as_posix()

@@ -1,0 +1,101 @@
+"""Photographs of every kind that prediction takes: those of the conversion, and WebP, translucent ones and DICOM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.conversion.images import (
+    EXIF_ORIENTATION,
+    MAX_PIXELS,
+    Photograph,
+    open_image,
+    read_photograph,
+    turn_upright,
+)
+from nnunetv2_dermomamba.conversion.resample import resize_image
+from nnunetv2_dermomamba.predict.dicom import read_dicom
+
+__all__ = ["is_dicom", "read_photo"]
+
+MAX_WEBP_BYTES = 128 << 20
+HEAD_BYTES = 132  # as far as DICOM's mark reaches
+WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+def read_photo(path: str | Path, shape: tuple[int, int] | None = None) -> Photograph:
+    """Read a photograph as upright 8-bit RGB, resampled as the conversion does.
+
+    Translucent pixels are laid on white, as viewers show them.
+
+    Args:
+        path: JPEG, PNG, BMP, TIFF, WebP or DICOM file.
+        shape: (height, width) in pixels to resample to, or None to keep the size.
+
+    Raises:
+        ImageReadError: The file is damaged or has no single right reading.
+    """
+    path = Path(path)
+    head = _head(path)
+    if head[128:] == b"DICM":
+        return _resampled(read_dicom(path), shape)
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    with _open_webp(path) if is_webp else open_image(path) as image:
+        has_alpha = image.mode in WITH_ALPHA or "transparency" in image.info
+        if is_webp or has_alpha:
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            image.load()
+            flat = _on_white(image) if has_alpha else image.convert("RGB")
+            return _resampled(turn_upright(image, flat, orientation), shape)
+    return read_photograph(path, shape)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has DICOM's mark; False, too, if it cannot be read."""
+    try:
+        return _head(path)[128:] == b"DICM"
+    except ImageReadError:
+        return False
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if not path.is_file():  # a pipe would block
+            raise ImageReadError(path, "is not a file" if path.exists() else "does not exist")
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise ImageReadError(path, error.strerror or str(error)) from error
+
+
+def _resampled(image: Image.Image, shape: tuple[int, int] | None) -> Photograph:
+    return Photograph(image if shape is None else resize_image(image, shape), (image.height, image.width), 1)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+@contextmanager
+def _open_webp(path: Path) -> Iterator[Image.Image]:
+    try:
+        if os.stat(path).st_size > MAX_WEBP_BYTES:
+            raise ImageReadError(path, f"is larger than {MAX_WEBP_BYTES >> 20} MiB")
+        with Image.open(path, formats=("WEBP",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageReadError(path, f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            if getattr(image, "n_frames", 1) != 1:
+                raise ImageReadError(path, "holds several pictures; keep one")
+            yield image
+    except ImageReadError:
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged files
+        raise ImageReadError(path, f"cannot be decoded: {error}") from error
