@@ -1,8 +1,8 @@
 """Numba kernels of the selective scan for the CPU: one tile of positions at a time, everything else in cache.
 
-Why tiles: projections, step sizes and states of a tile of ``T`` positions fit into the level-2 cache, so that no B, C, dt
-or state tensor of full length exists, and each short loop below is a shape that LLVM turns into vector instructions. The
-innermost loops run over the state axis, whose length is compiled in (``kernels(state)``) for that reason.
+Why tiles: projections, step sizes and states of a tile of ``T`` positions fit into the level-2 cache, so that no B, C,
+dt or state tensor of full length exists, and each short loop below is a shape that LLVM turns into vector instructions.
+The innermost loops run over the state axis, whose length is compiled in (``kernels(state)``) for that reason.
 
 Within a tile, rows are in walking order: a reversed or column-major direction is only another way to gather rows.
 The kernels release the GIL; ``cpu_scan`` runs them on a thread pool. Compiled code is cached on disk by Numba.
@@ -198,24 +198,10 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
 
     @njit(**_OPTIONS)
     def project_tile(x, w_in, w_delta, bias, rows, raw, steps):
-        """Rows [B, C, dt] (T, row_length) and the step sizes before the softplus (T, d) of a tile.
-
-        Four channels a pass, since each pass loads and stores the whole row.
-        """
-        dim = x.shape[1]
-        whole = dim - dim % 4
+        """Rows [B, C, dt] (T, row_length) and the step sizes before the softplus (T, d) of a tile."""
+        np.dot(x, w_in, rows)  # the whole tile: rows beyond ``steps`` are stale but finite
         for t in range(steps):
-            for n in range(row_length):
-                rows[t, n] = 0
-            for i in range(0, whole, 4):
-                x0, x1, x2, x3 = x[t, i], x[t, i + 1], x[t, i + 2], x[t, i + 3]
-                for n in range(row_length):
-                    rows[t, n] += (x0 * w_in[i, n] + x1 * w_in[i + 1, n]) + (x2 * w_in[i + 2, n] + x3 * w_in[i + 3, n])
-            for i in range(whole, dim):
-                xi = x[t, i]
-                for n in range(row_length):
-                    rows[t, n] += xi * w_in[i, n]
-            for i in range(dim):
+            for i in range(x.shape[1]):
                 total = bias[i]
                 for r in range(w_delta.shape[1]):
                     total += rows[t, 2 * state + r] * w_delta[i, r]
@@ -234,21 +220,15 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
                 drows[t, 2 * state + r] = ddt
             for i in range(dim):
                 dbias[i] += draw[t, i]
-        for t in range(steps):
-            for i in range(dim):
-                xi = x[t, i]
-                total = x.dtype.type(0.0)
-                for n in range(row_length):
-                    total += drows[t, n] * w_in[i, n]
-                    dw_in[i, n] += drows[t, n] * xi
-                dx[t, i] += total
+        dx[:steps] += np.dot(drows[:steps], w_in.T)
+        dw_in += np.dot(x[:steps].T, drows[:steps])
 
     @njit(**_OPTIONS)
     def forward_2d(x, height, width, k, tile, w_in, w_delta, bias, A2, D, states, y):
         """One direction of one image: x (H W, d); fills states (chunks, d, N), adds to y (H W, d)."""
         length, dim = x.shape
         kind = x.dtype
-        xt, yt = np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+        xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
         raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         rows = np.empty((tile, row_length), kind)
         h = np.zeros((dim, state), kind)
@@ -273,7 +253,7 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
         """Gradients of ``forward_2d``: adds to all arguments in the second line."""
         length, dim = x.shape
         kind = x.dtype
-        xt, dyt, dxt = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+        xt, dyt, dxt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         ddelta = np.empty((tile, dim), kind)
         rows, drows = np.empty((tile, row_length), kind), np.empty((tile, row_length), kind)
@@ -344,7 +324,7 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
         """Gradients of ``forward_1d``: adds to all arguments in the second line."""
         dim, length = u.shape
         kind = u.dtype
-        xt, dyt, dxt = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+        xt, dyt, dxt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         ddelta = np.empty((tile, dim), kind)
         rows, drows = np.empty((tile, row_length), kind), np.empty((tile, row_length), kind)

@@ -16,7 +16,7 @@ from .guide_fusion_loss import GuideFusionLossMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw
 
 
-class nnUNetTrainerDermoMambaDiceCE(nnUNetTrainer):  # noqa: N801  (nnU-Net finds trainers by such names)
+class nnUNetTrainerDermoMambaDiceCE(nnUNetTrainer):
     """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's."""
 
     def __init__(
@@ -104,11 +104,11 @@ class nnUNetTrainerDermoMambaDiceCE(nnUNetTrainer):  # noqa: N801  (nnU-Net find
             self.print_to_log_file(f"train_loss parts: {means}")
 
 
-class nnUNetTrainerDermoMamba(GuideFusionLossMixin, nnUNetTrainerDermoMambaDiceCE):  # noqa: N801
+class nnUNetTrainerDermoMamba(GuideFusionLossMixin, nnUNetTrainerDermoMambaDiceCE):
     """DermoMamba with the Guide Fusion Loss."""
 
 
-class nnUNetTrainerDermoMamba_5epochs(nnUNetTrainerDermoMamba):  # noqa: N801
+class nnUNetTrainerDermoMamba_5epochs(nnUNetTrainerDermoMamba):
     """Five epochs, to see that everything runs."""
 
     def __init__(
@@ -123,7 +123,7 @@ class nnUNetTrainerDermoMamba_5epochs(nnUNetTrainerDermoMamba):  # noqa: N801
         self.num_epochs = 5
 
 
-class nnUNetTrainerDermoMamba_50epochs(nnUNetTrainerDermoMamba):  # noqa: N801
+class nnUNetTrainerDermoMamba_50epochs(nnUNetTrainerDermoMamba):
     """Fifty epochs, for a first result."""
 
     def __init__(
@@ -138,7 +138,7 @@ class nnUNetTrainerDermoMamba_50epochs(nnUNetTrainerDermoMamba):  # noqa: N801
         self.num_epochs = 50
 
 
-class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):  # noqa: N801
+class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):
     """Four epochs of sixty iterations: a few minutes on two CPU cores at the smallest batch size."""
 
     def __init__(

@@ -34,5 +34,5 @@ class GuideFusionLossMixin:
         return self.loss.parts._asdict()
 
 
-class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin, nnUNetTrainer):  # noqa: N801
+class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin, nnUNetTrainer):
     """nnU-Net's own network and optimizer with the Guide Fusion Loss."""

@@ -1,0 +1,87 @@
+"""Time inference against nnU-Net's U-Net: ``python benchmarks/inference.py [--device cuda]``.
+
+First a correctness gate: the network's output on the device at hand equals the float64 network's on the CPU. Then medians
+of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or compiled with CUDA graphs.
+On the CPU also the peak memory of DermoMamba's inference over the idle process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from contenders import dermomamba, lesion_batch, median_ms, plain_conv_unet, provenance, resident_mib
+from torch import Tensor, nn
+
+GATE = 1e-3
+
+
+def forward(network: nn.Module, data: Tensor) -> Callable[[], Tensor]:
+    """A call of the network as nnU-Net's predictor makes it: no gradients, autocast on CUDA."""
+
+    def call() -> Tensor:
+        with torch.inference_mode(), torch.autocast("cuda") if data.is_cuda else nullcontext():
+            return network(data)
+
+    return call
+
+
+def gate(device: torch.device) -> None:
+    """Stop unless the output in float32 on ``device`` equals float64 on the CPU."""
+    torch.manual_seed(0)
+    reference = dermomamba().double().eval()
+    network = dermomamba().to(device).eval()
+    network.load_state_dict(reference.state_dict())
+    data = lesion_batch(1, torch.device("cpu"))[0]
+    with torch.inference_mode():
+        expected, result = reference(data.double()), network(data.to(device)).double().cpu()
+    error = float((result - expected).norm() / expected.norm())
+    print(f"gate: output differs by {error:.1e}", flush=True)
+    if not error < GATE:
+        raise SystemExit("wrong output: nothing is timed")
+
+
+def ways(device: torch.device) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Ways to run a network on this device."""
+    if device.type != "cuda":
+        return {"eager": lambda network: network}
+    return {
+        "eager": lambda network: network,
+        "compiled": torch.compile,
+        "CUDA graph": lambda network: torch.compile(network, mode="reduce-overhead"),
+    }
+
+
+def main() -> None:
+    """Parse arguments, run the gate, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 1 on the CPU, 1 and 64 on CUDA)")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    print(provenance(device))
+    networks = {"DermoMamba": dermomamba(), "PlainConvUNet": plain_conv_unet(deep_supervision=False)}
+    if device.type == "cpu":
+        idle = resident_mib()
+        forward(networks["DermoMamba"].eval(), lesion_batch(1, device)[0])()
+        print(f"peak memory of one DermoMamba inference over the idle process: {resident_mib() - idle:.0f} MiB")
+    gate(device)
+    for batch in arguments.batch or ([1, 64] if device.type == "cuda" else [1]):
+        data = lesion_batch(batch, device)[0]
+        best = {}
+        for name, network in networks.items():
+            times = {}
+            for way, prepare in ways(device).items():
+                torch.compiler.reset()
+                times[way] = median_ms(forward(prepare(network.to(device).eval()), data), device)
+            best[name] = min(times.values())
+            print(
+                f"batch {batch:3} {name:14} " + ", ".join(f"{way} {ms:.2f} ms" for way, ms in times.items()), flush=True
+            )
+        print(f"batch {batch:3} ratio, each at its best: {best['DermoMamba'] / best['PlainConvUNet']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

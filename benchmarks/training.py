@@ -1,0 +1,120 @@
+"""Time the whole training step against stock nnU-Net's: ``python benchmarks/training.py [--device cuda] [--stability]``.
+
+First a correctness gate: the step's gradients on the device at hand equal those of the float64 network on the CPU. Then
+medians of steps (network, loss, backward, clipping, optimizer) of DermoMamba with the Guide Fusion Loss and AdamW, and of
+nnU-Net's PlainConvUNet with its own loss and SGD, in one run; on CUDA both compiled, under fp16 autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import time
+
+import torch
+from contenders import dermomamba, dermomamba_step, lesion_batch, median_ms, peak_gib, provenance, unet_step
+from nnunetv2_dermomamba.loss import GuideFusionLoss
+from nnunetv2_dermomamba.trainers.optimization import build_adamw
+from torch import nn
+
+GATE = 1e-3
+
+
+def gate(device: torch.device, compiled: bool) -> None:
+    """Stop unless loss and gradients in float32 on ``device`` equal float64 on the CPU."""
+    torch.manual_seed(0)
+    reference = dermomamba().double()
+    network = dermomamba().to(device)
+    network.load_state_dict(reference.state_dict())
+    data, target = lesion_batch(2, torch.device("cpu"))
+    expected = GuideFusionLoss()(reference(data.double()), target)
+    expected.backward()
+    call = torch.compile(network) if compiled else network
+    loss = GuideFusionLoss()(call(data.to(device)), target.to(device))
+    loss.backward()
+    theirs = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    ours = torch.cat([p.grad.flatten().double().cpu() for p in network.parameters()])
+    error = float((ours - theirs).norm() / theirs.norm())
+    print(f"gate: loss {float(loss):.6f} against {float(expected):.6f}, gradients differ by {error:.1e}", flush=True)
+    if not (error < GATE and abs(float(loss) - float(expected)) < GATE):
+        raise SystemExit("wrong gradients: nothing is timed")
+
+
+def table(device: torch.device, batches: list[int], compiled: bool) -> None:
+    """Step times and peak memory, ours over nnU-Net's."""
+    print(f"{'batch':>5} {'DermoMamba ms':>14} {'PlainConvUNet ms':>17} {'ratio':>6}", end="")
+    print(f" {'GiB':>6} {'GiB':>6} {'ratio':>6}  first call s" if device.type == "cuda" else "")
+    for batch in batches:
+        times, memory, first = [], [], []
+        for build in (dermomamba_step, unet_step):
+            torch.compiler.reset()
+            step = build(batch, device, compiled)
+            start = time.perf_counter()
+            float(step())
+            first.append(time.perf_counter() - start)
+            times.append(median_ms(step, device))
+            if device.type == "cuda":
+                memory.append(peak_gib(step))
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+        print(f"{batch:5} {times[0]:14.2f} {times[1]:17.2f} {times[0] / times[1]:6.2f}", end="")
+        if memory:
+            print(
+                f" {memory[0]:6.2f} {memory[1]:6.2f} {memory[0] / memory[1]:6.2f}  {first[0]:.0f}, {first[1]:.0f}",
+                end="",
+            )
+        print(flush=True)
+
+
+def stability(device: torch.device, steps: int, batch: int) -> None:
+    """Train from scratch under fp16 autocast with fresh batches; count non-finite losses and skipped steps."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    network = dermomamba().to(device)
+    optimizer = build_adamw(network, 1e-3, 1e-2, device)
+    compiled, loss = torch.compile(network), GuideFusionLoss(batch_dice=True)
+    scaler = torch.amp.GradScaler("cuda")
+    losses, scales = [], []
+    for index in range(steps):
+        data, target = lesion_batch(batch, device, seed=index % 200)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda"):
+            value = loss(compiled(data), target)
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(value.detach())
+        scales.append(scaler.get_scale())
+    values = torch.stack(losses)
+    skipped = [i for i in range(1, steps) if scales[i] < scales[i - 1]]
+    bad = int((~torch.isfinite(values)).sum())
+    finite = all(torch.isfinite(t).all() for t in network.state_dict().values() if t.is_floating_point())
+    print(f"{steps} steps: {bad} non-finite losses, skipped steps {skipped}, weights finite: {finite}, "
+          f"loss {float(values[:20].mean()):.4f} -> {float(values[-20:].mean()):.4f}", flush=True)  # fmt: skip
+    if bad or not finite or not math.isfinite(float(values[-1])):
+        raise SystemExit("training is not stable under fp16 autocast")
+
+
+def main() -> None:
+    """Parse arguments, run the gate, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 2 on the CPU, 16 and 64 on CUDA)")
+    parser.add_argument("--stability", type=int, metavar="STEPS", help="also train this many steps under fp16 autocast")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    compiled = device.type == "cuda" and not arguments.eager
+    print(provenance(device))
+    gate(device, compiled)
+    table(device, arguments.batch or ([16, 64] if device.type == "cuda" else [2]), compiled)
+    if arguments.stability:
+        stability(device, arguments.stability, 16)
+
+
+if __name__ == "__main__":
+    main()

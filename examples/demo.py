@@ -1,0 +1,147 @@
+"""The whole job on a laptop: images -> data set -> plan -> train -> masks -> Dice and a sheet of overlays.
+
+Runs the same commands that a user types, in a folder of its own (``demo/``), on synthetic dermoscopy-like images or, with
+``--source``, on a sample of real ones in the official ISIC 2018 layout. See ``make demo``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.conversion.isic2018 import find_isic2018
+from nnunetv2_dermomamba.synthetic import write_isic2018_layout
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+DATASET, TRAINER = "Dataset118_ISIC2018", "nnUNetTrainerDermoMamba_demo"
+TRAINING, HELD_OUT = 40, 8
+SEED = 118
+
+
+def main() -> None:
+    """Parse the command line and run every step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="folder with ISIC 2018 in its official layout (default: synthetic)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where to work (default: demo/)")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    for part in ("source", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    start = time.monotonic()
+    source = folder / "source"
+    if arguments.source is None:
+        write_isic2018_layout(source, TRAINING, HELD_OUT, seed=SEED)
+    else:
+        sample_real_pairs(arguments.source, source)
+    environment = demo_environment(folder)
+    images, truth = (folder / "nnUNet_raw" / DATASET / name for name in ("imagesTs", "labelsTs"))
+    predictions = folder / "predictions"
+    steps = {
+        "Convert": [sys.executable, ROOT / "dataset_conversion" / "isic2018.py", "--source", source],
+        "Plan and preprocess": ["nnUNetv2_plan_and_preprocess", "-d", "118", "-c", "2d", "--verify_dataset_integrity", "-np", "2", "-npfp", "2"],
+        "Train": ["nnUNetv2_train", "118", "2d", "0", "-tr", TRAINER, "-device", "cpu"],
+        "Predict": ["nnUNetv2_predict", "-i", images, "-o", predictions, "-d", "118", "-c", "2d", "-tr", TRAINER,
+                    "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"],  # fmt: skip
+        "Evaluate": ["dermomamba", "evaluate", "-p", predictions, "-g", truth, "--images", images,
+                     "--json", folder / "evaluation.json", "--report", folder / "report.html"],  # fmt: skip
+    }  # fmt: skip
+    with tqdm(steps.items(), unit="step", position=0) as progress:
+        for name, command in progress:
+            progress.set_description(name)
+            run(name, [str(part) for part in command], environment, folder)
+
+    scores = {case: dice(predictions / f"{case}.png", truth / f"{case}.png") for case in cases_of(predictions)}
+    for case, score in scores.items():
+        print(f"{case}  Dice {score:.3f}")
+    draw_overlays(images, truth, predictions, scores, folder / "overlays.png")
+    mean = np.mean(list(scores.values()))
+    print(f"\nMean Dice on {len(scores)} held-out images: {mean:.3f}  ({time.monotonic() - start:.0f} s)")
+    print(f"Overlays: {folder / 'overlays.png'}\nReport:   {folder / 'report.html'}\nLogs:     {folder / 'logs'}")
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
+
+
+def demo_environment(folder: Path) -> dict[str, str]:
+    """nnU-Net's folders inside the demo's, one augmentation worker, and this interpreter's commands first."""
+    environment = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    for path in environment.values():
+        Path(path).mkdir(exist_ok=True)
+    # Every worker imports PyTorch first, which takes longer than the work on a few small images.
+    workers = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
+    commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, **environment, **workers, "PATH": commands}
+
+
+def sample_real_pairs(archive: Path, source: Path) -> None:
+    """Link a seeded sample of real training pairs into an official layout, some of them as the test set."""
+    try:
+        pairs = [case for case in find_isic2018(archive).cases if case.mask is not None]
+    except ConversionError as error:
+        sys.exit(str(error))
+    chosen = random.Random(SEED).sample(pairs, min(len(pairs), TRAINING + HELD_OUT))
+    for subset, cases in (("Test", chosen[:HELD_OUT]), ("Training", chosen[HELD_OUT:])):
+        for kind, paths in (("1-2_{}_Input", [c.image for c in cases]), ("1_{}_GroundTruth", [c.mask for c in cases])):
+            target = source / f"ISIC2018_Task{kind.format(subset)}"
+            target.mkdir(parents=True)
+            for path in paths:
+                (target / path.name).symlink_to(path.resolve())
+
+
+def run(name: str, command: list[str], environment: dict[str, str], folder: Path) -> None:
+    """Run one command with its output in ``logs/``; on failure show the end of it and stop."""
+    (folder / "logs").mkdir(exist_ok=True)
+    log = folder / "logs" / f"{name.lower().replace(' ', '_')}.txt"
+    with log.open("w") as output:
+        code = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+    if code:
+        print(f"\n{' '.join(command)}\nfailed with exit code {code}; the end of {log}:", file=sys.stderr)
+        sys.exit("\n".join(log.read_text().splitlines()[-30:]))
+
+
+def cases_of(predictions: Path) -> list[str]:
+    """Names of the predicted cases."""
+    return sorted(path.stem for path in predictions.glob("*.png"))
+
+
+def dice(prediction: Path, truth: Path) -> float:
+    """Dice of two label images."""
+    a, b = (np.asarray(Image.open(path)) > 0 for path in (prediction, truth))
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def draw_overlays(images: Path, truth: Path, predictions: Path, scores: dict[str, float], file: Path) -> None:
+    """One sheet: every held-out image with the true contour (green) and the predicted one (magenta)."""
+    columns = 4
+    rows = -(-len(scores) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (case, score) in zip(axes.flat, scores.items(), strict=False):
+        axis.imshow(Image.open(images / f"{case}_0000.png"))
+        for folder, colour in ((truth, "#37e05f"), (predictions, "#ff3fd5")):
+            axis.contour(np.asarray(Image.open(folder / f"{case}.png")) > 0, [0.5], colors=colour, linewidths=1.5)
+        axis.set_title(f"{case}  Dice {score:.3f}", fontsize=9)
+    figure.suptitle("green: true contour, magenta: DermoMamba", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
