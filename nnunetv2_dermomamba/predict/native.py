@@ -15,7 +15,9 @@ from PIL import Image
 
 __all__ = ["Classes", "Prediction", "Rendered", "render"]
 
-PROBABILITY_FILTER = Image.Resampling.BICUBIC  # bilinear leaves corners where the pixels of the training size were
+# As nnU-Net's own resampling of probabilities (order 1). Never above what the network said; on a disc of a known edge,
+# 17 times enlarged, bicubic was no closer (0.12 % of its pixels wrong, here 0.11 %).
+PROBABILITY_FILTER = Image.Resampling.BILINEAR
 STRIP_PIXELS = 1 << 21
 
 
@@ -125,7 +127,6 @@ def _strips(prediction: Prediction) -> Iterator[tuple[slice, np.ndarray, np.ndar
         # Pillow's filter looks beyond the box, so strips meet without a seam.
         box = (0, top * maps[0].height / height, maps[0].width, bottom * maps[0].height / height)
         strip = np.stack([np.asarray(m.resize((width, bottom - top), PROBABILITY_FILTER, box)) for m in maps])
-        strip = strip.clip(0, 1)  # the filter overshoots
         if needs_background:
             yield slice(top, bottom), strip[1:], strip[0]
         else:
