@@ -28,6 +28,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunetv2_dermomamba import trainers
 from nnunetv2_dermomamba.conversion.dataset import CONVERSION_KEY
 
 __all__ = ["FINAL_CHECKPOINT", "Model", "ModelError", "build_network", "load_checkpoint", "load_model"]
@@ -170,8 +171,9 @@ def load_model(
         raise ModelError(f"{str(path)!r} does not exist; give a results folder of nnU-Net or an exported zip") from None
     except OSError as error:
         raise ModelError(f"{str(path)!r} cannot be read: {error}") from error
-    # RuntimeError: encrypted; NotImplementedError is one, too: an unknown compression; zlib.error has no common base
-    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # zipfile and its decompressors raise almost anything on damaged files
         raise ModelError(
             f"{str(path)!r} is neither a folder nor a whole zip file that nnUNetv2_export_model_to_zip wrote ({error})"
         ) from error
@@ -348,8 +350,7 @@ def build_network(model: Model, plans_manager: PlansManager, trust: bool = False
             type(side) is int and 1 <= side <= MAX_SIDE for side in configuration.patch_size
         ):
             raise ModelError(f"{model.name}: patch size {configuration.patch_size}; photographs need a 2D model")
-        with redirect_stdout(io.StringIO()):  # nnU-Net tells where it searches
-            trainer = recursive_find_trainer_class_by_name(model.trainer)
+        trainer = _find_trainer(model.trainer)
         channels = determine_num_input_channels(plans_manager, configuration, model.dataset)
         heads = plans_manager.get_label_manager(model.dataset).num_segmentation_heads
         build = trainer.build_network_architecture
@@ -374,6 +375,14 @@ def build_network(model: Model, plans_manager: PlansManager, trust: bool = False
     except Exception as error:  # nnU-Net checks little, and raises what comes
         raise ModelError(f"{model.name} ({model.trainer}): {type(error).__name__}: {error}") from error
     return network
+
+
+def _find_trainer(name: str) -> type:
+    """A trainer of ours, or else nnU-Net's search, which imports every trainer there is (time, and memory)."""
+    if name in trainers.__all__:
+        return getattr(trainers, name)
+    with redirect_stdout(io.StringIO()):  # nnU-Net tells where it searches
+        return recursive_find_trainer_class_by_name(name)
 
 
 def _check_architecture(model: Model, configuration: dict) -> None:

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,18 @@ from scipy import ndimage
 
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
 
-__all__ = ["Outputs", "draw_overlay", "measure", "write_atomically", "write_csv", "write_overlay", "write_png"]
+__all__ = [
+    "Outputs",
+    "draw_overlay",
+    "measure",
+    "remove_unfinished",
+    "write_atomically",
+    "write_csv",
+    "write_overlay",
+    "write_png",
+]
 
+UNFINISHED = ".writing-"
 MAX_NAME_BYTES = 255  # of one file name, on common file systems
 OVERLAY_QUALITY = 90
 CONTOUR_SHARE = 1 / 400  # of the shorter side, on each side of the edge
@@ -78,13 +89,20 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     Raises:
         OSError: It cannot be written; nothing is left.
     """
-    temporary = path.with_name(f".writing-{os.getpid()}")  # short, since the name may be as long as a name can be
+    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}")  # short, since the name may be as long as a name can be
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folders: Iterable[Path]) -> None:
+    """Remove what a killed run was writing."""
+    for folder in folders:
+        for file in folder.glob(f"{UNFINISHED}*"):
+            file.unlink(missing_ok=True)
 
 
 def write_png(pixels: np.ndarray, path: Path) -> None:

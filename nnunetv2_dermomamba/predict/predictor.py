@@ -91,6 +91,8 @@ class Predictor:
             self.preprocessor = self.configuration.preprocessor_class(verbose=False)
             self.channels = len(self.model.dataset["channel_names"])
             self.classes = Classes.of(self.labels, self.model.dataset["labels"])
+            if self.channels in (1, 3):
+                self.prepare(Photograph(Image.new("RGB", (8, 8), "gray"), (8, 8), 1))  # tries the plans
         except Exception as error:  # nnU-Net checks little, and raises what comes
             raise ModelError(f"{self.model.name}: damaged plans: {type(error).__name__}: {error}") from error
         if self.channels not in (1, 3):

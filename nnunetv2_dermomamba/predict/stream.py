@@ -20,6 +20,7 @@ from nnunetv2_dermomamba.predict.native import render
 from nnunetv2_dermomamba.predict.outputs import (
     Outputs,
     measure,
+    remove_unfinished,
     write_atomically,
     write_csv,
     write_overlay,
@@ -92,7 +93,10 @@ def predict_photos(
     _check_targets(photos, outputs, predictor)
     settings = {"model": predictor.model.fingerprint, "checkpoint": predictor.model.checkpoint, **(settings or {})}
     outputs.folder.mkdir(parents=True, exist_ok=True)
-    entries = _resumable(outputs.folder / JOURNAL_FILE, settings) if resume else {}
+    entries = {}
+    if resume:
+        entries = _resumable(outputs.folder / JOURNAL_FILE, settings)
+        remove_unfinished({outputs.mask(photo.name).parent for photo in photos})
     report = Report()
     todo = []
     for photo in photos:

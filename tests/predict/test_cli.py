@@ -1,0 +1,220 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from predict_helpers import photograph
+from scipy import ndimage
+
+from nnunetv2_dermomamba.cli import main
+from nnunetv2_dermomamba.predict import outputs
+from nnunetv2_dermomamba.predict.native import Classes, Rendered
+from nnunetv2_dermomamba.predict.stream import JOURNAL_FILE
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "sub dir").mkdir(parents=True)
+    image = photograph((96, 128))
+    Image.fromarray(image).save(folder / "a.jpg")
+    Image.fromarray(image[..., 0]).save(folder / "a.png")
+    Image.fromarray(photograph((130, 70), 1)).save(folder / "sub dir" / "皮膚.webp")
+    return folder
+
+
+def predict(photos, out, model, *options):
+    return main(["predict", "-i", str(photos), "-o", str(out), "-m", str(model), "-device", "cpu", *options])
+
+
+def tree(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_masks_have_the_photographs_sizes_and_folders(photos, unet, tmp_path, capsys):
+    assert predict(photos, tmp_path / "out", unet) == 0
+    masks = {name: Image.open(tmp_path / "out" / name) for name in tree(tmp_path / "out") if name.endswith(".png")}
+    assert {name: mask.size for name, mask in masks.items()} == {
+        "a.jpg_mask.png": (128, 96),
+        "a.png_mask.png": (128, 96),
+        "sub dir/皮膚_mask.png": (70, 130),
+    }
+    for mask in masks.values():
+        assert mask.mode == "L"
+        assert set(np.unique(np.asarray(mask))) <= {0, 255}
+    assert "3 masks written" in capsys.readouterr().out
+
+
+def test_everything_that_can_be_asked_for(photos, unet, predictor, tmp_path):
+    out = tmp_path / "out"
+    assert predict(photos, out, unet, "--disable_tta", "--overlay", "--probabilities", "--csv") == 0
+    mask, probability = predictor(photos / "a.jpg")
+    written = np.asarray(Image.open(out / "a.jpg_probability.png"))
+    assert written.dtype == np.uint16
+    assert np.abs(written / 65535 - probability).max() <= 1 / 65535
+    assert np.array_equal(np.asarray(Image.open(out / "a.jpg_mask.png")) == 255, mask == 1)
+    assert Image.open(out / "sub dir" / "皮膚_overlay.jpg").size == (70, 130)
+    rows = {row["mask"]: row for row in csv.DictReader((out / "predictions.csv").open(encoding="utf-8"))}
+    assert len(rows) == 3
+    row = rows["a.jpg_mask.png"]
+    assert int(row["area_pixels"]) == mask.sum()
+    assert float(row["area_percent"]) == pytest.approx(100 * mask.mean(), abs=1e-3)
+    assert float(row["mean_probability"]) == pytest.approx(probability[mask == 1].mean(), abs=1e-3)
+    assert float(row["seconds"]) > 0
+
+
+def test_one_unreadable_photograph_does_not_stop_the_rest(photos, unet, tmp_path, capsys):
+    (photos / "broken\nname.jpg").write_bytes(b"\xff\xd8\xff no photograph")
+    out = tmp_path / "out"
+    assert predict(photos, out, unet) == 1
+    listed = (out / "failed.txt").read_text().splitlines()
+    assert len(listed) == 1
+    assert r"broken\nname.jpg" in listed[0]
+    assert len(list(out.rglob("*_mask.png"))) == 3
+    (photos / "broken\nname.jpg").unlink()
+    assert predict(photos, out, unet, "--resume") == 0
+    assert not (out / "failed.txt").exists()
+
+
+def test_resume_makes_only_what_is_missing_or_changed(photos, unet, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict(photos, out, unet, "--csv")
+    before = tree(out)
+    kept = (out / "a.png_mask.png").stat().st_mtime_ns
+    (out / "a.jpg_mask.png").unlink()
+    Image.fromarray(photograph((130, 70), 2)).save(photos / "sub dir" / "皮膚.webp")
+    with (out / JOURNAL_FILE).open("a") as file:
+        file.write('{"name": "cut sh')
+    assert predict(photos, out, unet, "--csv", "--resume") == 0
+    assert "2 masks written" in (printed := capsys.readouterr().out)
+    assert "1 were there already" in printed
+    assert (out / "a.png_mask.png").stat().st_mtime_ns == kept
+    assert tree(out)["a.jpg_mask.png"] == before["a.jpg_mask.png"]
+    assert len((out / "predictions.csv").read_text().splitlines()) == 4
+    assert predict(photos, out, unet, "--resume", "--overlay") == 0
+    assert len(list(out.rglob("*_overlay.jpg"))) == 3
+
+
+def test_results_of_another_model_are_not_resumed(photos, unet, model, tmp_path, capsys):
+    predict(photos, tmp_path / "out", unet)
+    before = tree(tmp_path / "out")
+    assert predict(photos, tmp_path / "out", model, "--resume") == 2
+    assert "made with another model" in capsys.readouterr().err
+    assert predict(photos, tmp_path / "out", unet, "--resume", "--disable_tta") == 2
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_photograph_is_never_overwritten(photos, unet, tmp_path, capsys):
+    shutil.copy(photos / "a.png", photos / "a_mask.png")
+    (photos / "a.png").unlink()
+    (photos / "list.txt").write_text("a.jpg\na_mask.png\n")
+    before = tree(photos)
+    assert predict(photos / "list.txt", photos, unet) == 2
+    assert "overwrite a photograph" in capsys.readouterr().err
+    assert tree(photos) == before
+
+
+def test_a_full_disk_stops_the_run_without_half_files(photos, unet, tmp_path, capsys, monkeypatch):
+    whole = outputs.os.replace
+
+    def full(source, target):
+        if str(target).endswith("皮膚_mask.png"):
+            raise OSError(28, "No space left on device", str(target))
+        whole(source, target)
+
+    monkeypatch.setattr(outputs.os, "replace", full)
+    assert predict(photos, tmp_path / "out", unet) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert set(tree(tmp_path / "out")) == {"a.jpg_mask.png", "a.png_mask.png", JOURNAL_FILE}
+    monkeypatch.undo()
+    assert predict(photos, tmp_path / "out", unet, "--resume") == 0
+    assert "1 masks written" in capsys.readouterr().out
+
+
+def test_names_too_long_for_their_results_are_reported(photos, unet, tmp_path):
+    Image.fromarray(photograph((64, 64))).save(photos / f"{'x' * 250}.png")
+    assert predict(photos, tmp_path / "out", unet) == 1
+    assert "too long by 4 bytes" in (tmp_path / "out" / "failed.txt").read_text()
+
+
+@pytest.mark.parametrize("options", [["-i", "missing"], ["-m", "missing"], ["-f", "7"], ["-chk", "other.pth"]])
+def test_what_cannot_start_exits_with_2(photos, unet, tmp_path, capsys, options):
+    assert predict(photos, tmp_path / "out", unet, *options) == 2
+    assert "dermomamba predict: error: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scan_backend_is_said_once(photos, model, tmp_path, capsys):
+    assert predict(photos, tmp_path / "out", model, "-f", "0", "--disable_tta") == 0
+    assert capsys.readouterr().err.lower().count("backend") == 1
+
+
+@pytest.mark.faults
+def test_killed_at_random_moments_and_resumed_it_is_as_if_never_killed(photos, unet, tmp_path):
+    for number in range(12):
+        Image.fromarray(photograph((96, 128), number)).save(photos / f"more{number}.jpg")
+    assert predict(photos, tmp_path / "whole", unet, "--probabilities") == 0
+    command = [sys.executable, "-m", "nnunetv2_dermomamba.cli", "predict", "-i", str(photos), "-m", str(unet)]
+    command += ["-o", str(tmp_path / "out"), "-device", "cpu", "--resume", "--probabilities"]
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = len(list((tmp_path / "out").rglob("*_mask.png")))
+        while process.poll() is None and len(list((tmp_path / "out").rglob("*_mask.png"))) <= done:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for file in (tmp_path / "out").rglob("*_mask.png"):
+            Image.open(file).load()
+    assert subprocess.run(command, check=False).returncode == 0
+    whole, resumed = tree(tmp_path / "whole"), tree(tmp_path / "out")
+    assert whole.pop(JOURNAL_FILE)
+    assert resumed.pop(JOURNAL_FILE)
+    assert resumed == whole
+
+
+def test_figures_of_a_mask_against_scipy():
+    rng = np.random.default_rng(0)
+    labels = (ndimage.gaussian_filter(rng.random((60, 80)), 3) > 0.52).astype(np.uint8)
+    (row,) = outputs.measure(Rendered(labels, None, (0.8,)), Classes((1,), ("lesion",), True))
+    y, x = ndimage.center_of_mass(labels)
+    rows, columns = ndimage.find_objects(labels)[0]
+    assert (row["centroid_y"], row["centroid_x"]) == pytest.approx((y, x), abs=0.01)
+    assert (row["y_min"], row["y_max"] + 1) == (rows.start, rows.stop)
+    assert (row["x_min"], row["x_max"] + 1) == (columns.start, columns.stop)
+    assert row["parts"] == ndimage.label(labels, np.ones((3, 3)))[1] > 1
+
+
+def test_figures_of_an_empty_mask():
+    (row,) = outputs.measure(
+        Rendered(np.zeros((4, 5), np.uint8), None, (float("nan"),)), Classes((1,), ("lesion",), True)
+    )
+    assert (row["area_pixels"], row["parts"], row["x_min"], row["mean_probability"]) == (0, 0, None, None)
+    assert json.dumps(row)
+
+
+def test_the_overlay_marks_the_contour_and_nothing_else():
+    photo = Image.new("RGB", (200, 160), (180, 140, 120))
+    labels = np.zeros((160, 200), np.uint8)
+    labels[40:120, 50:150] = 1
+    drawn = np.asarray(outputs.draw_overlay(photo, labels, Classes((1,), ("lesion",), True)))
+    changed = (drawn != np.asarray(photo)).any(axis=2)
+    assert changed[40, 50:150].all()
+    assert changed[40:120, 149].all()
+    assert not changed[50:110, 60:140].any()
+    assert not changed[:30].any()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_an_error(photos, unet, tmp_path, capsys):
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert predict(photos, tmp_path / "out", unet) == 2
+    assert "Permission denied" in capsys.readouterr().err

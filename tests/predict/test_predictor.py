@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from PIL import Image
+from predict_helpers import photograph
+from tolerances import FORWARD
+
+from nnunetv2_dermomamba.conversion.images import read_photograph
+from nnunetv2_dermomamba.predict import Predictor
+from nnunetv2_dermomamba.predict.native import STRIP_PIXELS, Classes, Prediction, render
+
+
+def disc(height, width, radius=0.3):
+    """Probability of a soft disc, as the training size sees it."""
+    y, x = (np.mgrid[0:height, 0:width] + 0.5) / np.array([height, width])[:, None, None]
+    return (1 / (1 + np.exp((np.hypot(y - 0.5, x - 0.5) - radius) * 60))).astype(np.float32)
+
+
+def binary(channel, shape):
+    return Prediction(np.stack([1 - channel, channel]), shape, Classes((1,), ("lesion",), True))
+
+
+@pytest.mark.parametrize("mirroring", [False, True])
+def test_probabilities_are_those_of_nnunets_own_predictor_over_all_folds(model, mirroring):
+    image = photograph((64, 64))
+    mine = Predictor(model, "cpu", mirroring=mirroring)
+    _, probability = mine(image)
+    theirs = nnUNetPredictor(use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False)
+    theirs.initialize_from_trained_model_folder(str(model), (0, 1))
+    data = image.transpose(2, 0, 1)[:, None].astype(np.float32)
+    _, expected = theirs.predict_single_npy_array(data, {"spacing": (999, 1, 1)}, None, None, True)
+    error = np.linalg.norm(probability - expected[1, 0]) / np.linalg.norm(expected[1, 0])
+    assert error < FORWARD[torch.float32]
+    assert probability.std() > 0
+
+
+def test_one_fold_differs_from_both(model):
+    image = photograph((64, 64))
+    _, both = Predictor(model, "cpu", mirroring=False)(image)
+    _, first = Predictor(model, "cpu", mirroring=False, folds=["0"])(image)
+    assert np.abs(both - first).max() > 1e-3
+
+
+def test_photographs_are_resized_as_the_conversion_does(predictor, tmp_path):
+    file = tmp_path / "a.jpg"
+    Image.fromarray(photograph((300, 400))).save(file)
+    small = np.asarray(read_photograph(file, (64, 64)).image).transpose(2, 0, 1)[:, None].astype(np.float32)
+    expected = predictor.preprocessor.run_case_npy(
+        small, None, {"spacing": (999, 1, 1)}, predictor.plans, predictor.configuration, predictor.model.dataset
+    )[0]
+    prepared = predictor.read(file)
+    assert torch.equal(prepared.data, torch.from_numpy(expected))
+    assert prepared.shape == (300, 400)
+
+
+def test_arrays_images_and_files_give_the_same(predictor, tmp_path):
+    image = photograph((90, 120))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    mask, probability = predictor(image)
+    assert mask.shape == probability.shape == (90, 120)
+    assert mask.dtype == np.uint8
+    assert np.array_equal(mask, probability > 0.5)
+    for other in (Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert np.array_equal(predictor(other)[1], probability)
+
+
+def test_black_borders_that_nnunet_crops_come_back(predictor):
+    image = photograph((64, 64))
+    image[:20], image[:, -10:] = 0, 0
+    mask, probability = predictor(image)
+    assert not probability[:20].any()
+    assert not probability[:, -10:].any()
+    assert probability[20:, :-10].all()
+    assert mask.shape == (64, 64)
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3)), np.zeros(8, np.uint8)])
+def test_arrays_of_another_kind_are_refused(predictor, image):
+    with pytest.raises(ValueError, match="expected is uint8"):
+        predictor(image)
+
+
+def test_edges_are_smooth_at_native_size():
+    native = (1200, 1600)
+    rendered = render(binary(disc(48, 64), native))
+    assert np.count_nonzero(rendered.labels != (disc(*native) > 0.5)) < 0.005 * rendered.labels.sum()
+    # thresholded before it is enlarged, the edge has steps
+    stairs = np.asarray(Image.fromarray((disc(48, 64) > 0.5).astype(np.uint8)).resize(native[::-1], 0))
+    assert np.count_nonzero(stairs != (disc(*native) > 0.5)) > 0.02 * rendered.labels.sum()
+
+
+def test_strips_meet_without_a_seam():
+    native = (3000, 2000)
+    assert native[0] * native[1] > 2 * STRIP_PIXELS
+    channel = np.random.default_rng(0).random((30, 40), np.float32)
+    rendered = render(binary(channel, native), np.float32)
+    whole = np.asarray(Image.fromarray(channel).resize(native[::-1], Image.Resampling.BILINEAR))
+    assert np.abs(rendered.probability[0] - whole).max() < 1e-5
+    assert rendered.mean_inside[0] == pytest.approx(whole[whole > 0.5].mean(), rel=1e-4)
+
+
+def test_several_classes_get_the_label_of_the_most_probable():
+    channels = np.random.default_rng(0).dirichlet(np.ones(4), (10, 12)).transpose(2, 0, 1).astype(np.float32)
+    classes = Classes((1, 2, 3), ("a", "b", "c"), True)
+    rendered = render(Prediction(channels, (10, 12), classes), np.uint16)
+    assert np.array_equal(rendered.labels, channels.argmax(0))
+    assert rendered.probability.shape == (3, 10, 12)
+
+
+def test_of_regions_the_last_one_above_half_is_the_label():
+    regions = np.array([[[0.9, 0.9, 0.1]], [[0.2, 0.8, 0.6]]], np.float32)
+    rendered = render(Prediction(regions, (1, 3), Classes((1, 2), ("whole", "core"), False)))
+    assert rendered.labels.tolist() == [[1, 2, 2]]
