@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nnunetv2_dermomamba.ops import BACKENDS, selective_scan, selective_scan_2d, why_not
-from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
+from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 
 STATE = 16
 # Expanded channels, dt rank, height, width of the network's five stages at 192 x 256.
@@ -99,8 +99,19 @@ def error(result: Tensor, reference: Tensor) -> float:
 def gate(device: torch.device, backend: str) -> None:
     """Stop unless the backend's results and gradients equal the float64 step-by-step scan's."""
     cases = [
-        (lambda **t: selective_scan_2d(**t, backend=backend), selective_scan_2d_composed, map_inputs(2, d, r, h, w, device))
-        for d, r, h, w in [(8, 1, 13, 21), (16, 1, 16, 9), (32, 1, 7, 11), (64, 2, 12, 8), (128, 4, 6, 8), (12, 1, 5, 7)]
+        (
+            lambda **t: selective_scan_2d(**t, backend=backend),
+            selective_scan_2d_composed,
+            map_inputs(2, d, r, h, w, device),
+        )
+        for d, r, h, w in [
+            (8, 1, 13, 21),
+            (16, 1, 16, 9),
+            (32, 1, 7, 11),
+            (64, 2, 12, 8),
+            (128, 4, 6, 8),
+            (12, 1, 5, 7),
+        ]
     ]
     cases += [
         (

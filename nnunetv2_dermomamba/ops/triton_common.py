@@ -1,9 +1,11 @@
+# mypy: disable-error-code="no-untyped-def"
 """What the 1D and the 2D Triton scan share: tile shapes, the serial walks over rows, the scan over chunks.
 
-A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side. In bulk
-it first writes the rows that the walk needs (step size ``delta``, ``w = delta x``, B and C, one row a position) to a
-small scratch of its own, which stays in the cache, and then walks the ``T`` steps with the states of its segments and
-channels in registers. The reason for the scratch: Triton cannot index a tile by a run-time position.
+A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side, a
+sub-block of ``SUB`` positions of each at a time. In bulk it first writes the rows that the walk needs (step size
+``delta``, ``w = delta x``, B and C, a row a position) to a small scratch of its own, which stays in cache, and then
+walks the ``SUB`` steps with the states of its segments and channels in registers. The reason for the scratch: Triton
+cannot index a tile by a run-time position.
 
 A walk's tile is ``[LX, R, N]``: ``LX`` runs over (segment, channel group) and fills the warps together with ``N``, and
 the ``R`` channels of a group are held by one thread, so that sums over channels (for dB and dC) mostly need no
@@ -23,10 +25,9 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-CHUNK = 32  # T: longer chunks mean fewer saved states, shorter ones a scratch that stays in the cache
-UNROLL = 4  # steps whose states the backward walk holds in registers; divides CHUNK
-RUN = 2  # R, channels of one thread
-FORWARD_REGISTERS, BACKWARD_REGISTERS = 128, 168  # a thread: 16 and 12 warps a processor
+CHUNK = 64  # T, positions between two chunk summaries
+SUB = 16  # positions whose rows are in the scratch at once, and between two saved states; divides CHUNK
+BACKWARD_REGISTERS = 168  # a thread: 12 warps a processor
 MAX_BLOCK = 128  # channels of one program
 
 
@@ -39,11 +40,19 @@ class Tile:
     R: int
     S: int
     T: int
+    SUB: int
+    UNROLL: int  # steps whose states the backward walk holds in registers; divides SUB
+    forward_registers: int
     num_warps: int
 
     @property
     def P(self) -> int:
-        """Positions a program works on at once."""
+        """Rows of a program's scratch."""
+        return self.S * self.SUB
+
+    @property
+    def span(self) -> int:
+        """Positions of a work item."""
         return self.S * self.T
 
     @property
@@ -60,21 +69,31 @@ class Tile:
     def backward_scratch(self) -> int:
         """The same of the backward kernels: dy, checkpoints and partial dB and dC besides."""
         partial = self.P * self.G * 2 * self.NP if self.G > 1 else 0
-        return self.forward_scratch + self.P * self.DP + self.T // UNROLL * self.S * self.DP * self.NP + partial
+        return self.forward_scratch + self.P * self.DP + self.SUB // self.UNROLL * self.S * self.DP * self.NP + partial
 
     def constants(self) -> dict[str, int]:
         """Keyword arguments of the kernels."""
-        return {"DP": self.DP, "NP": self.NP, "R": self.R, "S": self.S, "T": self.T, "num_warps": self.num_warps}
+        return {
+            "DP": self.DP,
+            "NP": self.NP,
+            "R": self.R,
+            "S": self.S,
+            "T": self.T,
+            "SUB": self.SUB,
+            "num_warps": self.num_warps,
+        }
 
 
 def tile_for(channels: int, state: int) -> Tile:
     """Tile for one block of ``channels`` (at most ``MAX_BLOCK``)."""
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
-    run = min(RUN, padded)
+    # Measured on an H200 (docs/selective_scan.md): few channels want more, smaller programs.
+    run, unroll, registers = (2, 4, 128) if padded <= 64 else (4, 2, 168)
+    run = min(run, padded)
     groups = padded // run
     segments = max(1, 8 // groups)
     threads = segments * groups * max(1, states // 4)
-    return Tile(padded, states, run, segments, CHUNK, max(1, min(16, threads // 32)))
+    return Tile(padded, states, run, segments, CHUNK, SUB, unroll, registers, max(1, min(16, threads // 32)))
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -84,10 +103,12 @@ def ceil_div(a: int, b: int) -> int:
 
 def chunk_count(length: int, tile: Tile) -> int:
     """Chunks of a sequence, filled up to whole programs."""
-    return ceil_div(length, tile.P) * tile.S
+    return ceil_div(length, tile.span) * tile.S
 
 
-def launch(like: Tensor, items: int, tile: Tile, floats: int, registers: int) -> tuple[Tensor, tuple[int], dict[str, int]]:
+def launch(
+    like: Tensor, items: int, tile: Tile, floats: int, registers: int
+) -> tuple[Tensor, tuple[int], dict[str, int]]:
     """Scratch (``floats`` a program), grid and options of a persistent launch that ``registers`` a thread can fill.
 
     As many programs as the device holds at once, so that each keeps its scratch in the cache.
@@ -137,25 +158,14 @@ def load_decay(A_ptr, channel, n, d, N):
 
 @triton.jit
 def walk_summary(
-    delta_ptr,
-    v_ptr,
-    m_ptr,
-    A2,
-    channel,
-    segment,
-    n,
-    ADJOINT: tl.constexpr,
-    DP: tl.constexpr,
-    NP: tl.constexpr,
-    T: tl.constexpr,
-):
-    """State at the end of each segment that starts from zero, and the sum of its steps.
+    delta_ptr, v_ptr, m_ptr, h, total, A2, channel, segment, n,
+    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """Carry a segment's state and the sum of its steps over ``T`` rows.
 
     Forward: ``h = a h + w B``. ADJOINT, from the last position to the first: ``g = a (g + dy C)``.
     ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
     """
-    h = tl.zeros_like(A2)
-    total = channel * 0.0
     row = segment * T
     if ADJOINT:
         row += T - 1
@@ -168,7 +178,7 @@ def walk_summary(
         next_v = tl.load(v_ptr + row[:, None] * DP + channel)
         next_m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
         a = tl.exp2(delta[:, :, None] * A2)
-        if ADJOINT:
+        if ADJOINT:  # noqa: SIM108
             h = (h + v[:, :, None] * m[:, None, :]) * a
         else:
             h = h * a + v[:, :, None] * m[:, None, :]
@@ -196,17 +206,19 @@ def walk_output(
         h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
         tl.store(w_ptr + (segment * T + i)[:, None] * DP + channel, tl.sum(h * c[:, None, :], axis=2))
         delta, w, b, c = next_delta, next_w, next_b, next_c
+    return h
 
 
 @triton.jit
 def walk_back(
-    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, checkpoint_ptr, h, g, A2, channel, segment, n,
+    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, checkpoint_ptr, h, g, dA, A2, channel, segment, n,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
     """Gradients of every position, from start states ``h`` and the adjoints ``g`` that enter at the segments' ends.
 
     Writes ``sum_n g B`` over w, ``sum_n (g a h_before) A`` over dy and the partial sums over channels of dB and dC to
-    ``dbc_ptr``; returns the gradient of A. The decays never divide, so underflow is harmless.
+    ``dbc_ptr``; returns the adjoints that leave and the gradient of A, added to ``dA``. The decays
+    never divide, so underflow is harmless.
     """
     GROUPS: tl.constexpr = DP // R
     E: tl.constexpr = GROUPS if GROUPS < 8 else 8
@@ -224,7 +236,6 @@ def walk_back(
             h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
             row += 1
     tl.debug_barrier()
-    dA = tl.zeros_like(A2)
     for reverse in range(T // UNROLL):
         block = T // UNROLL - 1 - reverse
         h = tl.load(checkpoint_ptr + block * (S * DP * NP) + state)
@@ -237,8 +248,8 @@ def walk_back(
             b = tl.load(bc_ptr + (row + i)[:, None] * (2 * NP) + n[None, :])
             a = tl.exp2(delta[:, :, None] * A2)
             h = h * a + w[:, :, None] * b[:, None, :]
-            hs = hs + (h,)
-            decays = decays + (a,)
+            hs = hs + (h,)  # noqa: RUF005  (kernels know no starred tuples)
+            decays = decays + (a,)  # noqa: RUF005
         for i in tl.static_range(UNROLL - 1, -1, -1):
             here = row + i
             delta = tl.load(delta_ptr + here[:, None] * DP + channel)
@@ -261,7 +272,7 @@ def walk_back(
             dc = tl.sum(tl.reshape(dc, [S * GROUPS // E, E, NP]), axis=1)
             tl.store(dbc_ptr + out[:, None] + n[None, :], db)
             tl.store(dbc_ptr + NP + out[:, None] + n[None, :], dc)
-    return dA
+    return g, dA
 
 
 @triton.jit
@@ -305,7 +316,7 @@ def combine_kernel(
 
 
 def combine(state: Tensor, total: Tensor, A: Tensor, directions: int, reverse: bool) -> None:
-    """Turn chunk summaries ``state`` (..., chunks, d, N) into the states (``reverse``: adjoints) that enter each chunk."""
+    """Turn chunk summaries ``state`` (..., chunks, d, N) into the states (reverse: adjoints) that enter each chunk."""
     chunks, d, N = state.shape[-3:]
     lanes = min(32, triton.next_power_of_2(d * N))
     rows = min(64, max(2, triton.next_power_of_2(chunks)))

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton kernels of the fused four-direction scan of a map, channels last, with its dt, B and C projections.
 
 No direction's copy, no B, C or dt tensor and no state but one a chunk reaches device memory: a program projects a block
@@ -15,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nnunetv2_dermomamba.ops.composed import cross_merge, cross_scan
-from nnunetv2_dermomamba.ops import triton_common
 from nnunetv2_dermomamba.ops.triton_common import (
+    BACKWARD_REGISTERS,
     MAX_BLOCK,
-    UNROLL,
     ceil_div,
     chunk_count,
     combine,
@@ -36,9 +36,16 @@ from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_for
 
 
 @triton.jit
-def _positions(q, start, length, padded, height, width, column, reverse, P: tl.constexpr, ROWS: tl.constexpr):
-    """Map positions of ``ROWS`` rows of position block ``q`` in a direction's own order, and which of them exist."""
-    step = q * P + start + tl.arange(0, ROWS)
+def _positions(
+    q, start, length, padded, height, width, column, reverse,
+    S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Map positions of ``ROWS`` rows in a direction's own order, and which of them exist.
+
+    ``q`` counts sub-blocks: (position block) * (T / SUB) + (sub-block of its chunks).
+    """
+    r = start + tl.arange(0, ROWS)
+    step = q // (T // SUB) * (S * T) + r // SUB * T + q % (T // SUB) * SUB + r % SUB
     path = tl.where(reverse > 0, padded - 1 - step, step)
     across = (path % height) * width + path // height
     return tl.where(column > 0, across, path), path < length
@@ -63,13 +70,14 @@ def _load_map(ptr, position, valid, col, d):
 @triton.jit
 def _project(
     x_ptr, weight_ptr, bias_ptr, delta_row, w_row, bc_row, q, length, padded, height, width, column, reverse, d,
-    DP: tl.constexpr, NP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr
+    DP: tl.constexpr, NP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Rows of delta, w = delta x, B and C of one position block."""
     cb = tl.arange(0, CB)
     m = tl.arange(0, 2 * NP)
-    for start in range(0, P, ROWS):
-        position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+    for start in range(0, S * SUB, ROWS):
+        position, valid = _positions(q, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS)
         r = start + tl.arange(0, ROWS)
         for c in range(0, KD, CB):
             col = c + cb
@@ -94,11 +102,11 @@ def _project(
 def summary_2d_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, A_ptr, state_ptr, total_ptr, scratch_ptr,
     items, length, padded, height, width, d, per_map, chunks, N: tl.constexpr, ADJOINT: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
     KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Summary of every chunk of all four directions, stored where its successor (ADJOINT: predecessor) will read it."""
-    P: tl.constexpr = S * T
+    P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     v_row = delta_row + P * DP
     bc_row = v_row + P * DP
@@ -110,47 +118,58 @@ def summary_2d_kernel(
         column = direction % 2
         reverse = direction // 2
         x_map = x_ptr + batch * length * d
-        _project(
-            x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d, delta_row, v_row, bc_row,
-            q, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, P, ROWS
-        )  # fmt: skip
-        if ADJOINT:
-            tl.debug_barrier()
-            _copy_map(dy_ptr + batch * length * d, v_row, q, length, padded, height, width, column, reverse, d, DP, P, ROWS)
-        tl.debug_barrier()
         A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
         m_row = bc_row + NP if ADJOINT else bc_row
-        state, total = walk_summary(delta_row, v_row, m_row, A2, channel, segment, n, ADJOINT, DP, NP, T)
+        state = tl.zeros_like(A2)
+        total = channel * 0.0
+        for j in range(T // SUB):
+            sub = q * (T // SUB) + (T // SUB - 1 - j if ADJOINT else j)
+            _project(
+                x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d, delta_row, v_row, bc_row,
+                sub, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, S, T, SUB, ROWS
+            )  # fmt: skip
+            if ADJOINT:
+                tl.debug_barrier()
+                _copy_map(
+                    dy_ptr + batch * length * d, v_row,
+                    sub, length, padded, height, width, column, reverse, d, DP, S, T, SUB, ROWS
+                )  # fmt: skip
+            tl.debug_barrier()
+            state, total = walk_summary(
+                delta_row, v_row, m_row, state, total, A2, channel, segment, n, ADJOINT, DP, NP, SUB
+            )
+            tl.debug_barrier()
         chunk = q * S + segment + (-1 if ADJOINT else 1)
         keep = ((chunk >= 0) & (chunk < chunks))[:, None] & (channel < d)
         at = ((batch * 4 + direction) * chunks + chunk)[:, None] * d + channel
         tl.store(total_ptr + at, total, mask=keep)
-        tl.store(state_ptr + at[:, :, None] * N + n[None, None, :], state, mask=keep[:, :, None] & (n < N)[None, None, :])
-        tl.debug_barrier()
+        tl.store(
+            state_ptr + at[:, :, None] * N + n[None, None, :], state, mask=keep[:, :, None] & (n < N)[None, None, :]
+        )
 
 
 @triton.jit
 def _copy_map(
     source_ptr, row, q, length, padded, height, width, column, reverse, d,
-    DP: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr
+    DP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """One position block of a map to rows, in the direction's order."""
     cc = tl.arange(0, DP)
-    for start in range(0, P, ROWS):
-        position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
+    for start in range(0, S * SUB, ROWS):
+        position, valid = _positions(q, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS)
         r = start + tl.arange(0, ROWS)
         tl.store(row + r[:, None] * DP + cc[None, :], _load_map(source_ptr, position, valid, cc, d))
 
 
 @triton.jit
 def forward_2d_kernel(
-    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, y_ptr, scratch_ptr,
+    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, state_ptr, y_ptr, scratch_ptr,
     items, length, padded, height, width, d, per_map, chunks, column, N: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
     KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """One path and its reverse: ``y`` from the states that enter the chunks; the second path (column) adds to ``y``."""
-    P: tl.constexpr = S * T
+    P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     w_row = delta_row + P * DP
     bc_row = w_row + P * DP
@@ -164,28 +183,36 @@ def forward_2d_kernel(
             direction = column + 2 * reverse
             q = item % per_map
             q = tl.where(reverse > 0, per_map - 1 - q, q)
-            _project(
-                x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d, delta_row, w_row, bc_row,
-                q, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, P, ROWS
-            )  # fmt: skip
-            tl.debug_barrier()
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-            at = ((batch * 4 + direction) * chunks + q * S + segment)[:, None] * d + channel
             keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-            h = tl.load(state_ptr + at[:, :, None] * N + n[None, None, :], mask=keep, other=0.0)
-            walk_output(delta_row, w_row, bc_row, h, A2, channel, segment, n, DP, NP, T)
-            tl.debug_barrier()
             skip = tl.load(D_ptr + direction * d + cc, mask=cc < d, other=0.0)
-            for start in range(0, P, ROWS):
-                position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
-                r = start + tl.arange(0, ROWS)
-                y = tl.load(w_row + r[:, None] * DP + cc[None, :])
-                y += skip[None, :] * _load_map(x_map, position, valid, cc, d)
-                target = y_map + position[:, None] * d + cc[None, :]
-                mask = valid[:, None] & (cc < d)[None, :]
-                y += tl.load(target, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
-                tl.store(target, y, mask=mask)
-            tl.debug_barrier()
+            chunk = (batch * 4 + direction) * chunks + q * S + segment
+            at = (chunk[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
+            h = tl.load(start_ptr + at, mask=keep, other=0.0)
+            for j in range(T // SUB):
+                sub = q * (T // SUB) + j
+                at = ((chunk * (T // SUB) + j)[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
+                tl.store(state_ptr + at, h, mask=keep)
+                _project(
+                    x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d,
+                    delta_row, w_row, bc_row,
+                    sub, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, S, T, SUB, ROWS
+                )  # fmt: skip
+                tl.debug_barrier()
+                h = walk_output(delta_row, w_row, bc_row, h, A2, channel, segment, n, DP, NP, SUB)
+                tl.debug_barrier()
+                for start in range(0, S * SUB, ROWS):
+                    position, valid = _positions(
+                        sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
+                    )
+                    r = start + tl.arange(0, ROWS)
+                    y = tl.load(w_row + r[:, None] * DP + cc[None, :])
+                    y += skip[None, :] * _load_map(x_map, position, valid, cc, d)
+                    target = y_map + position[:, None] * d + cc[None, :]
+                    mask = valid[:, None] & (cc < d)[None, :]
+                    y += tl.load(target, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                    tl.store(target, y, mask=mask)
+                tl.debug_barrier()
 
 
 @triton.jit
@@ -193,19 +220,19 @@ def backward_2d_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, adjoint_ptr,
     dx_ptr, dweight_ptr, dbias_ptr, dA_ptr, dD_ptr, scratch_ptr,
     items, length, padded, height, width, d, per_map, chunks, column, N: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
     KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
     """One path and its reverse: adds to ``dx``, and to the program's own partial sums of the parameters' gradients."""
-    P: tl.constexpr = S * T
+    P: tl.constexpr = S * SUB
     G: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    slot: tl.constexpr = P * (3 * DP + 2 * NP + (G * 2 * NP if G > 1 else 0)) + (T // UNROLL) * S * DP * NP
+    slot: tl.constexpr = P * (3 * DP + 2 * NP + (G * 2 * NP if G > 1 else 0)) + (SUB // UNROLL) * S * DP * NP
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * slot
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
     checkpoint = bc_row + P * 2 * NP
-    dbc_row = checkpoint + (T // UNROLL) * S * DP * NP if G > 1 else bc_row
+    dbc_row = checkpoint + (SUB // UNROLL) * S * DP * NP if G > 1 else bc_row
     cb = tl.arange(0, CB)
     m = tl.arange(0, 2 * NP)
     channel, segment, n = walk_index(DP, NP, R, S)
@@ -220,99 +247,112 @@ def backward_2d_kernel(
             weight = weight_ptr + direction * (KD + 2 * NP) * KD
             q = item % per_map
             q = tl.where(reverse > 0, per_map - 1 - q, q)
-            _project(
-                x_map, weight, bias_ptr + direction * d, delta_row, w_row, bc_row,
-                q, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, P, ROWS
-            )  # fmt: skip
-            _copy_map(dy_map, dy_row, q, length, padded, height, width, column, reverse, d, DP, P, ROWS)
-            tl.debug_barrier()
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-            at = ((batch * 4 + direction) * chunks + q * S + segment)[:, None] * d + channel
-            entry = at[:, :, None] * N + n[None, None, :]
             keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-            h = tl.load(state_ptr + entry, mask=keep, other=0.0)
+            chunk = (batch * 4 + direction) * chunks + q * S + segment
+            entry = (chunk[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
             g = tl.load(adjoint_ptr + entry, mask=keep, other=0.0)
-            dA = walk_back(
-                delta_row, w_row, bc_row, dy_row, dbc_row, checkpoint, h, g, A2, channel, segment, n,
-                DP, NP, R, S, T, UNROLL
-            )  # fmt: skip
-            tl.debug_barrier()
+            dA = tl.zeros_like(A2)
+            for back in range(T // SUB):
+                j = T // SUB - 1 - back
+                sub = q * (T // SUB) + j
+                _project(
+                    x_map, weight, bias_ptr + direction * d, delta_row, w_row, bc_row,
+                    sub, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, S, T, SUB, ROWS
+                )  # fmt: skip
+                _copy_map(dy_map, dy_row, sub, length, padded, height, width, column, reverse, d, DP, S, T, SUB, ROWS)
+                tl.debug_barrier()
+                entry = ((chunk * (T // SUB) + j)[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
+                h = tl.load(state_ptr + entry, mask=keep, other=0.0)
+                g, dA = walk_back(
+                    delta_row, w_row, bc_row, dy_row, dbc_row, checkpoint, h, g, dA, A2, channel, segment, n,
+                    DP, NP, R, S, SUB, UNROLL
+                )  # fmt: skip
+                tl.debug_barrier()
+
+                # Gradients of the pre-activations over w, those of x that bypass the projections over dy.
+                for c in range(0, DP, CB):
+                    col = c + cb
+                    skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
+                    dbias = tl.zeros([CB], tl.float32)
+                    dD = tl.zeros([CB], tl.float32)
+                    for start in range(0, S * SUB, ROWS):
+                        position, valid = _positions(
+                            sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
+                        )
+                        cell = (start + tl.arange(0, ROWS))[:, None] * DP + col[None, :]
+                        mask = valid[:, None] & (col < DP)[None, :]
+                        delta = tl.load(delta_row + cell, mask=mask, other=0.0)
+                        by_input = tl.load(w_row + cell, mask=mask, other=0.0)
+                        by_decay = tl.load(dy_row + cell, mask=mask, other=0.0)
+                        x = _load_map(x_map, position, valid, col, d)
+                        dy = _load_map(dy_map, position, valid, col, d)
+                        ddelta = (x * by_input + by_decay) * softplus_slope(delta)
+                        dbias += tl.sum(ddelta, axis=0)
+                        dD += tl.sum(dy * x, axis=0)
+                        tl.store(w_row + cell, ddelta, mask=(col < DP)[None, :])
+                        tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy, mask=(col < DP)[None, :])
+                    total_at = part * DP + col
+                    tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at, mask=col < DP) + dbias, mask=col < DP)
+                    tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at, mask=col < DP) + dD, mask=col < DP)
+                if G > 1:
+                    for start in range(0, S * SUB, ROWS):
+                        r = start + tl.arange(0, ROWS)
+                        total = tl.zeros([ROWS, 2 * NP], tl.float32)
+                        for i in tl.static_range(G):
+                            total += tl.load(dbc_row + (r * G + i)[:, None] * (2 * NP) + m[None, :])
+                        tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], total)
+                tl.debug_barrier()
+
+                for start in range(0, S * SUB, ROWS):
+                    position, valid = _positions(
+                        sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
+                    )
+                    r = start + tl.arange(0, ROWS)
+                    dbc = tl.load(bc_row + r[:, None] * (2 * NP) + m[None, :])
+                    for c in range(0, DP, CB):
+                        col = c + cb
+                        acc = tl.load(dy_row + r[:, None] * DP + col[None, :], mask=(col < DP)[None, :], other=0.0)
+                        for k in range(0, DP, CB):
+                            kk = k + cb
+                            ddelta = tl.load(w_row + r[:, None] * DP + kk[None, :], mask=(kk < DP)[None, :], other=0.0)
+                            acc = _dot(ddelta, tl.load(weight + kk[:, None] * KD + col[None, :]), acc)
+                        acc = _dot(dbc, tl.load(weight + (KD + m)[:, None] * KD + col[None, :]), acc)
+                        dx_at = dx_map + position[:, None] * d + col[None, :]
+                        mask = valid[:, None] & (col < d)[None, :]
+                        acc += tl.load(dx_at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                        tl.store(dx_at, acc, mask=mask)
+
+                dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
+                for c in range(0, DP, CB):
+                    col = c + cb
+                    for k in range(0, DP, CB):
+                        kk = k + cb
+                        dw_at = dweight + kk[:, None] * KD + col[None, :]
+                        acc = tl.load(dw_at)
+                        for start in range(0, S * SUB, ROWS):
+                            position, valid = _positions(
+                                sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
+                            )
+                            r = start + tl.arange(0, ROWS)
+                            ddelta = tl.load(w_row + r[None, :] * DP + kk[:, None], mask=(kk < DP)[:, None], other=0.0)
+                            acc = _dot(ddelta, _load_map(x_map, position, valid, col, d), acc)
+                        tl.store(dw_at, acc)
+                    dw_at = dweight + (KD + m)[:, None] * KD + col[None, :]
+                    acc = tl.load(dw_at)
+                    for start in range(0, S * SUB, ROWS):
+                        position, valid = _positions(
+                            sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
+                        )
+                        r = start + tl.arange(0, ROWS)
+                        dbc = tl.load(bc_row + r[None, :] * (2 * NP) + m[:, None])
+                        acc = _dot(dbc, _load_map(x_map, position, valid, col, d), acc)
+                    tl.store(dw_at, acc)
+                tl.debug_barrier()
             dA = tl.sum(tl.reshape(dA, [S, DP // R, R, NP]), axis=0)
             head = tl.arange(0, DP // R)[:, None] + tl.arange(0, R)[None, :] * (DP // R)
             dA_at = dA_ptr + (part * DP + head)[:, :, None] * NP + n[None, None, :]
             tl.store(dA_at, tl.load(dA_at) + dA)
-
-            # Gradients of the pre-activations over w, those of x that bypass the projections over dy.
-            for c in range(0, DP, CB):
-                col = c + cb
-                skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
-                dbias = tl.zeros([CB], tl.float32)
-                dD = tl.zeros([CB], tl.float32)
-                for start in range(0, P, ROWS):
-                    position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
-                    cell = (start + tl.arange(0, ROWS))[:, None] * DP + col[None, :]
-                    mask = valid[:, None] & (col < DP)[None, :]
-                    delta = tl.load(delta_row + cell, mask=mask, other=0.0)
-                    by_input = tl.load(w_row + cell, mask=mask, other=0.0)
-                    by_decay = tl.load(dy_row + cell, mask=mask, other=0.0)
-                    x = _load_map(x_map, position, valid, col, d)
-                    dy = _load_map(dy_map, position, valid, col, d)
-                    ddelta = (x * by_input + by_decay) * softplus_slope(delta)
-                    dbias += tl.sum(ddelta, axis=0)
-                    dD += tl.sum(dy * x, axis=0)
-                    tl.store(w_row + cell, ddelta, mask=(col < DP)[None, :])
-                    tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy, mask=(col < DP)[None, :])
-                total_at = part * DP + col
-                tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at, mask=col < DP) + dbias, mask=col < DP)
-                tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at, mask=col < DP) + dD, mask=col < DP)
-            if G > 1:
-                for start in range(0, P, ROWS):
-                    r = start + tl.arange(0, ROWS)
-                    total = tl.zeros([ROWS, 2 * NP], tl.float32)
-                    for i in tl.static_range(G):
-                        total += tl.load(dbc_row + (r * G + i)[:, None] * (2 * NP) + m[None, :])
-                    tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], total)
-            tl.debug_barrier()
-
-            for start in range(0, P, ROWS):
-                position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
-                r = start + tl.arange(0, ROWS)
-                dbc = tl.load(bc_row + r[:, None] * (2 * NP) + m[None, :])
-                for c in range(0, DP, CB):
-                    col = c + cb
-                    acc = tl.load(dy_row + r[:, None] * DP + col[None, :], mask=(col < DP)[None, :], other=0.0)
-                    for k in range(0, DP, CB):
-                        kk = k + cb
-                        ddelta = tl.load(w_row + r[:, None] * DP + kk[None, :], mask=(kk < DP)[None, :], other=0.0)
-                        acc = _dot(ddelta, tl.load(weight + kk[:, None] * KD + col[None, :]), acc)
-                    acc = _dot(dbc, tl.load(weight + (KD + m)[:, None] * KD + col[None, :]), acc)
-                    dx_at = dx_map + position[:, None] * d + col[None, :]
-                    mask = valid[:, None] & (col < d)[None, :]
-                    acc += tl.load(dx_at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
-                    tl.store(dx_at, acc, mask=mask)
-
-            dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
-            for c in range(0, DP, CB):
-                col = c + cb
-                for k in range(0, DP, CB):
-                    kk = k + cb
-                    dw_at = dweight + kk[:, None] * KD + col[None, :]
-                    acc = tl.load(dw_at)
-                    for start in range(0, P, ROWS):
-                        position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
-                        r = start + tl.arange(0, ROWS)
-                        ddelta = tl.load(w_row + r[None, :] * DP + kk[:, None], mask=(kk < DP)[:, None], other=0.0)
-                        acc = _dot(ddelta, _load_map(x_map, position, valid, col, d), acc)
-                    tl.store(dw_at, acc)
-                dw_at = dweight + (KD + m)[:, None] * KD + col[None, :]
-                acc = tl.load(dw_at)
-                for start in range(0, P, ROWS):
-                    position, valid = _positions(q, start, length, padded, height, width, column, reverse, P, ROWS)
-                    r = start + tl.arange(0, ROWS)
-                    dbc = tl.load(bc_row + r[None, :] * (2 * NP) + m[:, None])
-                    acc = _dot(dbc, _load_map(x_map, position, valid, col, d), acc)
-                tl.store(dw_at, acc)
-            tl.debug_barrier()
 
 
 class _Plan:
@@ -321,10 +361,10 @@ class _Plan:
     def __init__(self, batch: int, height: int, width: int, channels: int, state: int) -> None:
         self.tile = tile_for(channels, state)
         self.length = height * width
-        self.per_map = ceil_div(self.length, self.tile.P)
+        self.per_map = ceil_div(self.length, self.tile.span)
         self.chunks = chunk_count(self.length, self.tile)
         self.items = batch * self.per_map
-        padded = self.per_map * self.tile.P
+        padded = self.per_map * self.tile.span
         self.sizes = (self.length, padded, height, width, channels, self.per_map, self.chunks)
         self.KD = max(16, self.tile.DP)
         self.rows = self.KD + 2 * self.tile.NP
@@ -338,15 +378,17 @@ class _Plan:
 
 
 def _plan(x: Tensor, A: Tensor) -> _Plan:
-    return _Plan(*x.shape, A.shape[1])
+    batch, height, width, d = x.shape
+    return _Plan(batch, height, width, d, A.shape[1])
 
 
 def states_shape_2d(x: Tensor, state: int) -> list[int]:
-    """Shape of ``states``: (batch, 4, chunks, channels, state); as the 1D scan's beyond ``MAX_BLOCK`` channels."""
+    """Shape of ``states``: (batch, 4, sub-blocks, channels, state); as the 1D scan's beyond ``MAX_BLOCK`` channels."""
     batch, height, width, d = x.shape
     if d > MAX_BLOCK:
         return states_shape_1d(x.new_empty(batch, 4 * d, height * width), state, 4)
-    return [batch, 4, _Plan(batch, height, width, d, state).chunks, d, state]
+    plan = _Plan(batch, height, width, d, state)
+    return [batch, 4, plan.chunks * plan.tile.T // plan.tile.SUB, d, state]
 
 
 def _fold(plan: _Plan, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> Tensor:
@@ -365,7 +407,7 @@ def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor,
         return A.new_zeros(shape)
     state, total = A.new_empty(shape), A.new_empty(shape[:4])
     tile, items = plan.tile, 4 * plan.items
-    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, triton_common.FORWARD_REGISTERS)
+    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
     summary_2d_kernel[grid](
         x, dy, weight, bias, A, state, total, scratch, items, *plan.sizes, ADJOINT=adjoint, **plan.constants, **options
     )
@@ -396,11 +438,25 @@ def scan_2d_forward(
     y = torch.empty_like(x, dtype=torch.float32)
     with torch.cuda.device_of(x):
         weight = _fold(plan, x_proj_weight, dt_projs_weight, A.shape[1])
-        states = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
-        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, triton_common.FORWARD_REGISTERS)
+        starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
+        states = A.new_empty(states_shape_2d(x, A.shape[1]))
+        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, tile.forward_registers)
         for column in range(2):
             forward_2d_kernel[grid](
-                x, weight, dt_projs_bias, A, Ds, states, y, scratch, plan.items, *plan.sizes, column, **plan.constants, **options
+                x,
+                weight,
+                dt_projs_bias,
+                A,
+                Ds,
+                starts,
+                states,
+                y,
+                scratch,
+                plan.items,
+                *plan.sizes,
+                column,
+                **plan.constants,
+                **options,
             )
     return y, states
 
@@ -429,14 +485,14 @@ def scan_2d_backward(
     with torch.cuda.device_of(x):
         weight = _fold(plan, x_proj_weight, dt_projs_weight, state)
         adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
-        scratch, grid, options = launch(A, plan.items, tile, tile.backward_scratch, triton_common.BACKWARD_REGISTERS)
+        scratch, grid, options = launch(A, plan.items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
         widths = (plan.rows * plan.KD, tile.DP, tile.DP * tile.NP, tile.DP)
         columns = []
         for column in range(2):
             parts = [A.new_zeros(grid[0], 2, width) for width in widths]
             backward_2d_kernel[grid](
                 dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
-                plan.items, *plan.sizes, column, UNROLL=triton_common.UNROLL, **plan.constants, **options
+                plan.items, *plan.sizes, column, UNROLL=tile.UNROLL, **plan.constants, **options
             )  # fmt: skip
             columns.append([part.sum(0) for part in parts])
     # (2 paths, 2 ways) in the order row, row reversed, column, column reversed -> directions row, column, and reversed

@@ -1,0 +1,185 @@
+"""The Triton kernels against the step-by-step scan in float64: compiled where CUDA is, interpreted elsewhere."""
+
+import os
+
+import pytest
+import torch
+from tolerances import FORWARD, GRADIENT, relative_error
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton")
+
+from nnunetv2_dermomamba.ops import triton_common, triton_scan  # noqa: E402
+from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed  # noqa: E402
+from nnunetv2_dermomamba.ops.naive import selective_scan_naive  # noqa: E402
+
+T, SUB = (triton_common.CHUNK, triton_common.SUB) if DEVICE.type == "cuda" else (8, 4)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_and_poisoned_memory(monkeypatch):
+    """Short chunks where steps are interpreted; whatever a kernel leaves unwritten is NaN."""
+    monkeypatch.setattr(triton_common, "CHUNK", T)
+    monkeypatch.setattr(triton_common, "SUB", SUB)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def sequences(batch, dim, length, groups, state, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return {
+        "u": draw(batch, dim, length),
+        "delta": draw(batch, dim, length) * scale,
+        "A": -torch.exp(draw(dim, state)),
+        "B": draw(batch, groups, state, length),
+        "C": draw(batch, groups, state, length),
+        "D": draw(dim),
+        "delta_bias": draw(dim),
+    }
+
+
+def maps(batch, height, width, d, rank, state, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return {
+        "x": draw(batch, height, width, d),
+        "x_proj_weight": draw(4, rank + 2 * state, d) * d**-0.5,
+        "dt_projs_weight": draw(4, d, rank) * rank**-0.5,
+        "dt_projs_bias": draw(4, d),
+        "A": -torch.exp(draw(4 * d, state)),
+        "Ds": draw(4 * d),
+    }
+
+
+def in_float64(inputs):
+    return {k: None if v is None else v.double().requires_grad_() for k, v in inputs.items()}
+
+
+def check(y, gradients, reference, dy, leaves):
+    assert relative_error(y, reference.detach()) <= FORWARD[torch.float32]
+    reference.backward(dy.double())
+    for gradient, (name, leaf) in zip(gradients, leaves.items(), strict=True):
+        assert gradient.dtype == torch.float32
+        if leaf is None:
+            assert not gradient.any()
+        else:
+            assert gradient.shape == leaf.shape
+            assert relative_error(gradient, leaf.grad) <= GRADIENT[torch.float32], name
+
+
+def check_1d(inputs, softplus=True):
+    leaves = in_float64(inputs)
+    reference = selective_scan_naive(**leaves, delta_softplus=softplus)
+    dy = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    y, states = triton_scan.scan_1d_forward(*inputs.values(), softplus)
+    groups, state = inputs["B"].shape[1:3]
+    assert list(states.shape) == triton_scan.states_shape_1d(inputs["u"], state, groups)
+    check(y, triton_scan.scan_1d_backward(dy, *inputs.values(), softplus, states), reference, dy, leaves)
+
+
+def check_2d(inputs):
+    leaves = in_float64(inputs)
+    reference = selective_scan_2d_composed(**leaves)
+    dy = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    y, states = triton_scan.scan_2d_forward(*inputs.values())
+    assert list(states.shape) == triton_scan.states_shape_2d(inputs["x"], inputs["A"].shape[1])
+    check(y, triton_scan.scan_2d_backward(dy, *inputs.values(), states), reference, dy, leaves)
+
+
+@pytest.mark.parametrize("length", [1, 2, T - 1, T, T + 1, 31])
+def test_1d_lengths_around_a_chunk(length):
+    check_1d(sequences(1, 3, length, 1, 4))
+
+
+@pytest.mark.parametrize(("dim", "groups", "state"), [(1, 1, 1), (8, 2, 5), (12, 3, 16), (130, 1, 2)])
+def test_1d_any_channels_groups_and_states(dim, groups, state):
+    check_1d(sequences(2, dim, T + 3, groups, state))
+
+
+def test_1d_without_skip_bias_and_softplus():
+    inputs = sequences(1, 4, 2 * T + 1, 1, 4)
+    inputs |= {"delta": inputs["delta"].abs(), "D": None, "delta_bias": None}
+    check_1d(inputs, softplus=False)
+
+
+@pytest.mark.parametrize("argument", [-50.0, 50.0])
+def test_1d_extreme_decays_and_steps(argument):
+    inputs = sequences(1, 4, 2 * T + 1, 1, 4)
+    inputs["A"][::2] = -1e3
+    inputs["delta"] += argument
+    check_1d(inputs)
+
+
+def test_1d_zero_input_gives_finite_gradients():
+    inputs = {k: torch.zeros_like(v) for k, v in sequences(1, 4, T + 1, 1, 4).items()}
+    y, states = triton_scan.scan_1d_forward(*inputs.values(), True)
+    gradients = triton_scan.scan_1d_backward(torch.ones_like(y), *inputs.values(), True, states)
+    assert all(torch.isfinite(m).all() for m in (y, *gradients))
+
+
+def test_1d_half_precision_input_is_computed_in_float32():
+    inputs = sequences(1, 4, T + 1, 1, 4)
+    half = {k: v.half() if k in ("u", "delta", "B", "C") else v for k, v in inputs.items()}
+    rounded = {k: v.float() for k, v in half.items()}
+    assert torch.equal(
+        triton_scan.scan_1d_forward(*half.values(), True)[0], triton_scan.scan_1d_forward(*rounded.values(), True)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "d", "rank", "state"),
+    [(1, 1, 1, 1, 1), (1, 2 * T + 1, 3, 1, 4), (T + 3, 1, 2, 2, 3), (3, 4, 12, 1, 16), (1, 3, 33, 2, 2)],
+)
+def test_2d_shapes(height, width, d, rank, state):
+    check_2d(maps(1, height, width, d, rank, state))
+
+
+def test_2d_batch_of_two():
+    check_2d(maps(2, 3, 5, 4, 1, 4))
+
+
+def test_2d_more_channels_than_a_program_holds():
+    check_2d(maps(1, 2, 3, triton_common.MAX_BLOCK + 1, 2, 2))
+
+
+def test_2d_extreme_decays():
+    inputs = maps(1, 2, T, 4, 1, 4)
+    inputs["A"][::3] = -1e3
+    inputs["dt_projs_bias"][0] = 50.0
+    inputs["dt_projs_bias"][1] = -50.0
+    check_2d(inputs)
+
+
+def test_2d_repeats_bit_for_bit():
+    inputs = maps(1, 2, 3, 4, 1, 4)
+    first, second = (triton_scan.scan_2d_forward(*inputs.values()) for _ in range(2))
+    dy = torch.ones_like(first[0])
+    pairs = (triton_scan.scan_2d_backward(dy, *inputs.values(), m[1]) for m in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need CUDA")
+def test_2d_in_a_cuda_graph():
+    inputs = maps(2, 9, 17, 8, 1, 16)
+    expected, states = triton_scan.scan_2d_forward(*inputs.values())
+    triton_scan.scan_2d_backward(expected, *inputs.values(), states)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, states = triton_scan.scan_2d_forward(*inputs.values())
+        triton_scan.scan_2d_backward(y, *inputs.values(), states)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
