@@ -377,7 +377,7 @@ def build_network(model: Model, plans_manager: PlansManager, trust: bool = False
     return network
 
 
-def _find_trainer(name: str) -> type:
+def _find_trainer(name: str) -> Any:
     """A trainer of ours, or else nnU-Net's search, which imports every trainer there is (time, and memory)."""
     if name in trainers.__all__:
         return getattr(trainers, name)

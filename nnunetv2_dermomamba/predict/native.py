@@ -88,9 +88,10 @@ def render(prediction: Prediction, probability: type[np.uint16] | type[np.float3
     """
     classes = prediction.classes
     count = len(classes.values)
-    labels = np.zeros(prediction.shape, np.uint8)
+    labels: np.ndarray = np.zeros(prediction.shape, np.uint8)
     kept = None if probability is None else np.empty((count, *prediction.shape), probability)
-    sums, pixels = np.zeros(count), np.zeros(count, np.int64)
+    sums: np.ndarray = np.zeros(count)
+    pixels: np.ndarray = np.zeros(count, np.int64)
     for rows, foreground, background in _strips(prediction):
         labels[rows] = _label(foreground, background, classes)
         for index, value in enumerate(classes.values):

@@ -133,11 +133,10 @@ def draw_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes) -> Im
     """Draw the contour of each class: a coloured line with a black outline, seen on any skin.
 
     Args:
-        photo: Mode "RGB".
+        photo: Mode "RGB"; it is drawn on, to save memory, and returned.
         labels: uint8 of the photo's shape.
         classes: What the labels are.
     """
-    drawn = photo.copy()
     radius = min(max(round(min(photo.size) * CONTOUR_SHARE), 1), 6)  # 7 is the most a blur with 8 bits can see
     for index, value in enumerate(classes.values):
         mask = Image.fromarray((labels == value).astype(np.uint8) * 255)
@@ -151,8 +150,8 @@ def draw_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes) -> Im
         for width, colour in ((radius + 1, OUTLINE), (radius, COLOURS[index % len(COLOURS)])):
             # A blur is neither 0 nor 255 exactly where both are within its reach.
             band = part.filter(ImageFilter.BoxBlur(width)).point([0] + [255] * 254 + [0])
-            drawn.paste(colour, box, band)
-    return drawn
+            photo.paste(colour, box, band)
+    return photo
 
 
 def measure(rendered: Rendered, classes: Classes) -> list[dict[str, Any]]:

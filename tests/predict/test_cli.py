@@ -205,7 +205,7 @@ def test_the_overlay_marks_the_contour_and_nothing_else():
     photo = Image.new("RGB", (200, 160), (180, 140, 120))
     labels = np.zeros((160, 200), np.uint8)
     labels[40:120, 50:150] = 1
-    drawn = np.asarray(outputs.draw_overlay(photo, labels, Classes((1,), ("lesion",), True)))
+    drawn = np.asarray(outputs.draw_overlay(photo.copy(), labels, Classes((1,), ("lesion",), True)))
     changed = (drawn != np.asarray(photo)).any(axis=2)
     assert changed[40, 50:150].all()
     assert changed[40:120, 149].all()
