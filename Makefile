@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-faults lint demo clean
+.PHONY: test test-faults lint chromium demo clean
 
 # The built wheel, not the source tree, is what gets installed, tested and shown.
 $(VENV)/installed: pyproject.toml nnunetv2_dermomamba.pth $(shell find nnunetv2_dermomamba -type f -not -name '*.pyc')
@@ -19,11 +19,20 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -P -m pytest -m "not faults"
+# The report is tested in a real browser; where it cannot be installed those tests are skipped and say so.
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; } || \
+	echo "Chromium could not be installed: the report's browser tests will be skipped"
+
+# One thread a worker: PyTorch's own threads on busy cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup
+
+test: lint chromium
+	$(PYTEST) -m "not faults"
 
 test-faults: $(VENV)/installed
-	$(BIN)/python -P -m pytest -m faults
+	$(PYTEST) -m faults
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(if $(SOURCE),--source "$(SOURCE)")

@@ -1,19 +1,22 @@
 """Time inference against nnU-Net's U-Net: ``python benchmarks/inference.py [--device cuda]``.
 
-First a correctness gate: the network's output on the device at hand equals the float64 network's on the CPU. Then medians
-of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or compiled with CUDA graphs.
+First a correctness gate: the network's output on the device at hand equals the CPU's with the portable PyTorch scan.
+Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA graph.
 On the CPU also the peak memory of DermoMamba's inference over the idle process.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from contenders import dermomamba, lesion_batch, median_ms, plain_conv_unet, provenance, resident_mib
 from torch import Tensor, nn
+
+from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
 
 GATE = 1e-3
 
@@ -29,14 +32,16 @@ def forward(network: nn.Module, data: Tensor) -> Callable[[], Tensor]:
 
 
 def gate(device: torch.device) -> None:
-    """Stop unless the output in float32 on ``device`` equals float64 on the CPU."""
+    """Stop unless the output in float32 on ``device`` equals the CPU's with the portable scan."""
     torch.manual_seed(0)
-    reference = dermomamba().double().eval()
-    network = dermomamba().to(device).eval()
+    reference, network = dermomamba().eval(), dermomamba().eval()
     network.load_state_dict(reference.state_dict())
     data = lesion_batch(1, torch.device("cpu"))[0]
     with torch.inference_mode():
-        expected, result = reference(data.double()), network(data.to(device)).double().cpu()
+        os.environ[ENVIRONMENT_VARIABLE] = "torch"
+        expected = reference(data)
+        del os.environ[ENVIRONMENT_VARIABLE]
+        result = network.to(device)(data.to(device)).cpu()
     error = float((result - expected).norm() / expected.norm())
     print(f"gate: output differs by {error:.1e}", flush=True)
     if not error < GATE:

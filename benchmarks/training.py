@@ -1,8 +1,8 @@
-"""Time the whole training step against stock nnU-Net's: ``python benchmarks/training.py [--device cuda] [--stability]``.
+"""Time the whole training step against stock nnU-Net's: ``python benchmarks/training.py [--device cuda]``.
 
-First a correctness gate: the step's gradients on the device at hand equal those of the float64 network on the CPU. Then
-medians of steps (network, loss, backward, clipping, optimizer) of DermoMamba with the Guide Fusion Loss and AdamW, and of
-nnU-Net's PlainConvUNet with its own loss and SGD, in one run; on CUDA both compiled, under fp16 autocast.
+First a correctness gate: the step's gradients on the device at hand equal the CPU's with the portable PyTorch scan.
+Then medians of steps (network, loss, backward, clipping, optimizer) of DermoMamba with the Guide Fusion Loss and AdamW,
+and of nnU-Net's PlainConvUNet with its own loss and SGD, in one run; on CUDA both compiled, under fp16 autocast.
 """
 
 from __future__ import annotations
@@ -10,34 +10,40 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import time
 
 import torch
 from contenders import dermomamba, dermomamba_step, lesion_batch, median_ms, peak_gib, provenance, unet_step
-from nnunetv2_dermomamba.loss import GuideFusionLoss
-from nnunetv2_dermomamba.trainers.optimization import build_adamw
 from torch import nn
+
+from nnunetv2_dermomamba.loss import GuideFusionLoss
+from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
+from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
 GATE = 1e-3
 
 
 def gate(device: torch.device, compiled: bool) -> None:
-    """Stop unless loss and gradients in float32 on ``device`` equal float64 on the CPU."""
+    """Stop unless loss and gradients in float32 on ``device`` equal the CPU's with the portable scan."""
     torch.manual_seed(0)
-    reference = dermomamba().double()
-    network = dermomamba().to(device)
+    reference, network = dermomamba(), dermomamba()
     network.load_state_dict(reference.state_dict())
+    network.to(device)
     data, target = lesion_batch(2, torch.device("cpu"))
-    expected = GuideFusionLoss()(reference(data.double()), target)
+    os.environ[ENVIRONMENT_VARIABLE] = "torch"
+    expected = GuideFusionLoss()(reference(data), target)
     expected.backward()
+    del os.environ[ENVIRONMENT_VARIABLE]
     call = torch.compile(network) if compiled else network
     loss = GuideFusionLoss()(call(data.to(device)), target.to(device))
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in reference.parameters()])
-    ours = torch.cat([p.grad.flatten().double().cpu() for p in network.parameters()])
+    ours = torch.cat([p.grad.flatten().cpu() for p in network.parameters()])
     error = float((ours - theirs).norm() / theirs.norm())
-    print(f"gate: loss {float(loss):.6f} against {float(expected):.6f}, gradients differ by {error:.1e}", flush=True)
-    if not (error < GATE and abs(float(loss) - float(expected)) < GATE):
+    difference = abs(float(loss.detach()) - float(expected.detach()))
+    print(f"gate: losses differ by {difference:.1e}, gradients by {error:.1e}", flush=True)
+    if not (error < GATE and difference < GATE):
         raise SystemExit("wrong gradients: nothing is timed")
 
 

@@ -1,7 +1,7 @@
 """The whole job on a laptop: images -> data set -> plan -> train -> masks -> Dice and a sheet of overlays.
 
-Runs the same commands that a user types, in a folder of its own (``demo/``), on synthetic dermoscopy-like images or, with
-``--source``, on a sample of real ones in the official ISIC 2018 layout. See ``make demo``.
+Runs the same commands that a user types, in a folder of its own (``demo/``), on synthetic dermoscopy-like images or,
+with ``--source``, on a sample of real ones in the official ISIC 2018 layout. See ``make demo``.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def main() -> None:
     predictions = folder / "predictions"
     steps = {
         "Convert": [sys.executable, ROOT / "dataset_conversion" / "isic2018.py", "--source", source],
-        "Plan and preprocess": ["nnUNetv2_plan_and_preprocess", "-d", "118", "-c", "2d", "--verify_dataset_integrity", "-np", "2", "-npfp", "2"],
-        "Train": ["nnUNetv2_train", "118", "2d", "0", "-tr", TRAINER, "-device", "cpu"],
-        "Predict": ["nnUNetv2_predict", "-i", images, "-o", predictions, "-d", "118", "-c", "2d", "-tr", TRAINER,
-                    "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"],  # fmt: skip
-        "Evaluate": ["dermomamba", "evaluate", "-p", predictions, "-g", truth, "--images", images,
-                     "--json", folder / "evaluation.json", "--report", folder / "report.html"],  # fmt: skip
-    }  # fmt: skip
+        "Plan and preprocess": words("nnUNetv2_plan_and_preprocess -d 118 -c 2d --verify_dataset_integrity -np 2"),
+        "Train": words(f"nnUNetv2_train 118 2d 0 -tr {TRAINER} -device cpu"),
+        "Predict": words("nnUNetv2_predict -i", images, "-o", predictions, f"-d 118 -c 2d -tr {TRAINER} -f 0")
+        + words("-device cpu -npp 1 -nps 1"),
+        "Evaluate": words("dermomamba evaluate -p", predictions, "-g", truth, "--images", images)
+        + words("--json", folder / "evaluation.json", "--report", folder / "report.html"),
+    }
     with tqdm(steps.items(), unit="step", position=0) as progress:
         for name, command in progress:
             progress.set_description(name)
@@ -76,6 +76,11 @@ def main() -> None:
     print(f"\nMean Dice on {len(scores)} held-out images: {mean:.3f}  ({time.monotonic() - start:.0f} s)")
     print(f"Overlays: {folder / 'overlays.png'}\nReport:   {folder / 'report.html'}\nLogs:     {folder / 'logs'}")
     (folder / "scores.json").write_text(json.dumps(scores, indent=2))
+
+
+def words(*parts: str | Path) -> list[str | Path]:
+    """A command line: texts are split at spaces, paths are not."""
+    return [word for part in parts for word in (part.split() if isinstance(part, str) else [part])]
 
 
 def demo_environment(folder: Path) -> dict[str, str]:

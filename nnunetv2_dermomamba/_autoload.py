@@ -5,8 +5,8 @@ appends ``nnunet_ext/``, a directory that holds nothing but a re-export of the t
 stays first. By hand it is
 ``export nnUNet_extTrainer=$(python -c "from nnunetv2_dermomamba._autoload import *; print(TRAINER_DIRECTORY)")``.
 
-It must never stop Python from starting nor print anything, and it takes well under a millisecond: only ``os``, which the
-interpreter has loaded already, is used.
+It must never stop Python from starting nor print anything, and it takes well under a millisecond: only ``os``, which
+the interpreter has loaded already, is used.
 """
 
 import os
@@ -21,7 +21,7 @@ def register(environ: "os._Environ[str] | dict[str, str]") -> None:
         environ["nnUNet_extTrainer"] = os.pathsep.join([*present, TRAINER_DIRECTORY])
 
 
-try:
+try:  # noqa: SIM105  (contextlib would be one more import at every start)
     register(os.environ)
 except Exception:  # an interpreter without the trainers beats one that does not start
     pass

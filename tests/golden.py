@@ -1,7 +1,7 @@
 """Golden numbers of the authors' released implementation, computed in float32 on a CPU with a step-by-step scan.
 
-``network/golden.npz`` holds, per block and mode, every ``stride``-th element of outputs and input gradient (stride odd and
-such that about 2 000 elements are kept), the norms of the whole arrays, and the norms of all parameter gradients.
+``network/golden.npz`` holds, per block and mode, every ``stride``-th element of outputs and input gradient (stride odd
+and such that about 2 000 elements are kept), the norms of the whole arrays, and the norms of all parameter gradients.
 Parameters and inputs follow the deterministic rules below, a function of names and shapes alone.
 """
 

@@ -20,9 +20,7 @@ class CBAM(nn.Module):
 
     def __init__(self, dim: int, reduction: int = 16) -> None:
         super().__init__()
-        self.channel_mlp = nn.Sequential(
-            nn.Linear(dim, dim // reduction), nn.ReLU(), nn.Linear(dim // reduction, dim)
-        )
+        self.channel_mlp = nn.Sequential(nn.Linear(dim, dim // reduction), nn.ReLU(), nn.Linear(dim // reduction, dim))
         self.spatial_conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 

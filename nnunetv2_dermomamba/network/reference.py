@@ -83,7 +83,7 @@ def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _network_like(source: Mapping[str, Tensor]) -> DermoMamba:
-    """A network with the sizes that the tensors of a reference state dict tell; published sizes where they are absent."""
+    """A network with the sizes that a reference state dict's tensors tell; the published ones where they are absent."""
 
     def size(key: str, axis: int, default: int) -> int:
         return source[key].shape[axis] if key in source else default

@@ -19,8 +19,8 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 class SS2D(nn.Module):
     """Four-direction selective scan between two projections, gated.
 
-    The scan's own parameters (``A_logs``, ``Ds``, ``dt_projs_weight``, ``dt_projs_bias``) are initialised here and are not
-    to be reset by a generic initialiser; ``A_logs`` and ``Ds`` take no weight decay.
+    The scan's own parameters (``A_logs``, ``Ds``, ``dt_projs_weight``, ``dt_projs_bias``) are initialised here and are
+    not to be reset by a generic initialiser; ``A_logs`` and ``Ds`` take no weight decay.
 
     Args:
         dim: channels c; the scan runs on d = 2 c channels with a dt rank of R = ceil(c / 16).

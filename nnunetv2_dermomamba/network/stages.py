@@ -49,8 +49,8 @@ class EncoderStage(nn.Module):
 class DecoderStage(nn.Module):
     """Nearest upsampling, concatenation with the skip, 1x1 and 3x3 convolution, GELU, BatchNorm, in that order.
 
-    The 1x1 convolution commutes with nearest upsampling and splits over the concatenation, so its half for ``x`` runs at
-    the low resolution and nothing is concatenated.
+    The 1x1 convolution commutes with nearest upsampling and splits over the concatenation, so its half for ``x`` runs
+    at the low resolution and nothing is concatenated.
 
     Args:
         dim: channels of ``x`` and of the skip; half of them leave.

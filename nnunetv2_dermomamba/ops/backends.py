@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -59,7 +59,7 @@ BACKENDS = (
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _import_module(module: str) -> ModuleType | str:
     """The backend's module, or the reason why it cannot be imported."""
     try:
@@ -80,6 +80,8 @@ def why_not(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
 
 # Filled by ``choose_backend``; a plain dictionary, since torch.compile traces through the look-up.
 LOADED: dict[str, LoadedBackend] = {}
+# Device types whose backend has been named to the user: once a process, by a trainer's log or on first use.
+_ANNOUNCED: set[str] = set()
 
 
 def _load(backend: Backend) -> LoadedBackend:
@@ -93,7 +95,7 @@ def _load(backend: Backend) -> LoadedBackend:
     return LoadedBackend(backend.name, scan_1d, partial(selective_scan_2d_composed, scan=scan_1d))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(device: str, dtype: torch.dtype, requested: str) -> str:
     if requested:
         named = [b for b in BACKENDS if b.name == requested]
@@ -123,11 +125,17 @@ def choose_backend(device: str, dtype: torch.dtype, requested: str | None = None
     name = _choose(device, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE, ""))
     if name not in LOADED:
         LOADED[name] = _load(next(b for b in BACKENDS if b.name == name))
+    if device not in _ANNOUNCED and requested is None:
+        print(describe_choice(device, dtype))
     return name
 
 
 def describe_choice(device: str, dtype: torch.dtype = torch.float32) -> str:
-    """One line for logs: the backend that serves this device, and why the ones before it do not."""
+    """One line for logs: the backend that serves this device, and why the ones before it do not.
+
+    Who calls this says it; otherwise the first scan on a device prints it.
+    """
+    _ANNOUNCED.add(device)
     name = choose_backend(device, dtype)
     if os.environ.get(ENVIRONMENT_VARIABLE):
         return f"Selective scan backend: {name} (requested by {ENVIRONMENT_VARIABLE})"

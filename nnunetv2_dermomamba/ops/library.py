@@ -1,8 +1,9 @@
 """Turn a backend's forward and backward functions into ``torch.library`` custom ops with autograd.
 
 Every backend module has the same functions (``cpu_scan`` documents them): ``scan_1d_forward``, ``scan_1d_backward``,
-``states_shape_1d`` and, where it is fused, the same three for ``2d``. The ops are named ``dermomamba::<backend>_scan_1d``
-and so on; they are opaque to ``torch.compile``, which therefore sees one node and no graph break.
+``states_shape_1d`` and, where it is fused, the same three for ``2d``. The ops are named
+``dermomamba::<backend>_scan_1d`` and so on; they are opaque to ``torch.compile``, which therefore sees one node and no
+graph break.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The sequence is walked slab by slab. Within a slab, ``CHUNK`` steps run one afte
 chunks at once: first from zero states, which gives what every chunk adds; then a scan over the few chunks gives their
 true start states; then again from those. The backward pass recomputes one slab at a time.
 
-Memory bound: about six tensors of ``batch x dim x SLAB x state`` floats, whatever the length (268 MB each for a batch of
-16, 64 channels and 16 states); forward alone needs ``CHUNK`` times less.
+Memory bound: about six tensors of ``batch x dim x SLAB x state`` floats, whatever the length (268 MB each for a batch
+of 16, 64 channels and 16 states); forward alone needs ``CHUNK`` times less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SLAB = 4096
 
 
 def _walk(decay_log: Tensor, drive: Tensor, C: Tensor | None, h: Tensor) -> tuple[Tensor | None, Tensor]:
-    """``CHUNK`` steps for all chunks at once; tensors (batch, dim, chunks, CHUNK, N), states (batch, dim, chunks, N)."""
+    """``CHUNK`` steps for all chunks at once: tensors (batch, dim, chunks, CHUNK, N), states without CHUNK."""
     ys = []
     for t in range(drive.shape[3]):
         h = torch.exp(decay_log[..., t, :]) * h + drive[..., t, :]

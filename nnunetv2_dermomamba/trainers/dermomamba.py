@@ -97,7 +97,8 @@ class nnUNetTrainerDermoMambaDiceCE(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Fetch the epoch's losses from the device in one transfer and log the means of all parts."""
         names = list(train_outputs[0])
-        values = torch.stack([torch.stack([out[name].float() for name in names]) for out in train_outputs]).cpu().numpy()
+        rows = [torch.stack([out[name].float() for name in names]) for out in train_outputs]
+        values = torch.stack(rows).cpu().numpy()
         super().on_train_epoch_end([{"loss": np.asarray(row[0])} for row in values])
         means = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names[1:], values[:, 1:].mean(0), strict=True))
         if means:

@@ -7,7 +7,8 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")
-"""The scan's own dynamics: Mamba keeps weight decay away from them (it would pull A to -1 and the step sizes to 0.7)."""
+"""The scan's own dynamics: Mamba keeps weight decay away from them (it would pull A to -1 and the step sizes to
+0.7)."""
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:

@@ -65,7 +65,8 @@ def test_block_equals_the_authors(block: str, mode: str) -> None:
     assert_equals_golden(x.grad, f"{block}/{mode}/grad_input")
     theirs, ours, _ = BLOCKS[block]
     gradients = {name: p.grad for name, p in module.named_parameters()}
-    names = [rename_reference_key(theirs + key).removeprefix(ours) for key in golden.SPECIFICATION[block]["param_order"]]
+    order = golden.SPECIFICATION[block]["param_order"]
+    names = [rename_reference_key(theirs + key).removeprefix(ours) for key in order]
     norms = np.array([float(gradients[name].norm()) for name in names])
     expected = NUMBERS[f"{block}/{mode}/grad_param_norms"]
     # A convolution's bias before a normalisation has no gradient but rounding: measure all against the largest too.

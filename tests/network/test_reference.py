@@ -25,5 +25,5 @@ def test_every_misfit_is_named() -> None:
 
 
 def test_foreign_state_dict_is_refused() -> None:
-    with pytest.raises(ValueError, match="no pw_in.weight"):
+    with pytest.raises(ValueError, match=r"no pw_in\.weight"):
         convert_reference_state_dict({"conv1.weight": torch.ones(3)})

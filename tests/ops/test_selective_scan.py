@@ -161,7 +161,7 @@ def test_compiles_without_graph_break() -> None:
 
 def test_requested_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *weights = (t.float() for t in case_2d(2).tensors)
-    with pytest.raises(RuntimeError, match="'triton' cannot serve.*serves cuda tensors, not cpu"):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot serve.*serves cuda tensors, not cpu"):
         selective_scan_2d(x, *weights, backend="triton")
     with pytest.raises(ValueError, match="choose one of triton, mamba-ssm, numba, torch"):
         selective_scan_2d(x, *weights, backend="fast")
