@@ -67,7 +67,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_isic2018_layout(workspace.folder / "source", training=10, test=2, seed=3)
     script = ROOT / "dataset_conversion" / "isic2018.py"
     workspace.run(sys.executable, script, "--source", "source", "--size", "64x96")
-    workspace.run(*["nnUNetv2_plan_and_preprocess", "-d", "118", "-c", "2d", "--verify_dataset_integrity", "-np", "1", "-npfp", "1"])
+    plan = "nnUNetv2_plan_and_preprocess -d 118 -c 2d --verify_dataset_integrity -np 1 -npfp 1"
+    workspace.run(*plan.split())
     return workspace
 
 

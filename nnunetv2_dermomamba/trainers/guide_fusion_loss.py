@@ -8,15 +8,19 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss
+from nnunetv2_dermomamba.loss.guide_fusion import Attention
 
 
-class GuideFusionLossMixin:
-    """Replaces a trainer's loss by the Guide Fusion Loss, inside nnU-Net's deep supervision where that is on."""
+class GuideFusionLossMixin(nnUNetTrainer):
+    """Replaces a trainer's loss by the Guide Fusion Loss, inside nnU-Net's deep supervision where that is on.
 
-    attention = "scalar"
+    The means of its two parts go to the log after every epoch; with deep supervision, those of the coarsest scale.
+    """
+
+    attention: Attention = "scalar"
 
     def _build_loss(self) -> nn.Module:
-        guide_fusion = GuideFusionLoss(
+        self.guide_fusion_loss = GuideFusionLoss(
             self.attention,
             regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
@@ -24,15 +28,31 @@ class GuideFusionLossMixin:
             ddp=self.is_ddp,
         )
         if not self.enable_deep_supervision:
-            return guide_fusion
+            return self.guide_fusion_loss
         loss = super()._build_loss()
         assert isinstance(loss, DeepSupervisionWrapper)
-        loss.loss = guide_fusion
+        loss.loss = self.guide_fusion_loss
         return loss
 
-    def _loss_parts(self) -> dict[str, torch.Tensor]:
-        return self.loss.parts._asdict()
+    def train_step(self, batch: dict) -> dict:
+        """The trainer's own step; keeps the loss's parts where they are, on the device."""
+        outputs = super().train_step(batch)
+        self.loss_parts.append(torch.stack(self.guide_fusion_loss.parts))
+        return outputs
+
+    def on_train_epoch_start(self) -> None:
+        """As the trainer's own."""
+        super().on_train_epoch_start()
+        self.loss_parts: list[torch.Tensor] = []
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As the trainer's own; logs the means of the loss's two parts."""
+        super().on_train_epoch_end(train_outputs)
+        cross_entropy, attention_dice = torch.stack(self.loss_parts).mean(0).tolist()
+        self.print_to_log_file(
+            f"train_loss parts: cross_entropy {cross_entropy:.4f}, attention_dice {attention_dice:.4f}"
+        )
 
 
-class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin, nnUNetTrainer):
+class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin):
     """nnU-Net's own network and optimizer with the Guide Fusion Loss."""

@@ -13,7 +13,8 @@ SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's two groups: matrices and kernels with weight decay; vectors, scalars and the scan's own without."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         is_scan = name.rsplit(".", 1)[-1] in SCAN_PARAMETERS
         (free if is_scan or parameter.ndim < 2 else decayed).append(parameter)

@@ -57,3 +57,21 @@ def test_estimated_bytes(preprocessed):
     dataset = nnUNetDatasetBlosc2(str(preprocessed / "Dataset999_Ellipses" / "nnUNetPlans_2d"))
     cases = [dataset.load_case(key)[:2] for key in dataset.identifiers]
     assert estimated_bytes(dataset) == sum(4 * image[:].size + segmentation[:].nbytes for image, segmentation in cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu_without_waiting(preprocessed):
+    dataset = nnUNetDatasetBlosc2(str(preprocessed / "Dataset999_Ellipses" / "nnUNetPlans_2d"))
+    labels = LabelManager({"background": 0, "rim": 1, "core": 2}, None)
+    loader = nnUNetDataLoader(dataset, 12, (61, 60), (32, 40), labels, 0.33)
+    resident = ResidentDataLoader(loader, torch.device("cuda"))
+    next(resident)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = batches(resident)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_host = [{"data": b["data"].cpu(), "target": b["target"].cpu(), "keys": b["keys"]} for b in ours]
+    assert_same(on_host, batches(loader))

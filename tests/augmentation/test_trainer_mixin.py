@@ -88,6 +88,17 @@ def test_untranslatable(make, monkeypatch):
     assert "Augmentation in worker processes: no counterpart for batches of SpatialTransform" in log(trainer)
 
 
+def test_another_loader_is_not_replaced(make, monkeypatch):
+    class Loader(trainer_mixin.nnUNetDataLoader):
+        def generate_train_batch(self):
+            return {**super().generate_train_batch(), "more": 1}
+
+    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetDataLoader", Loader)
+    monkeypatch.setattr(trainer_mixin, "FASTER_ON", ("cpu",))
+    train, _ = make().get_dataloaders()
+    assert next(train)["more"] == 1
+
+
 @pytest.mark.parametrize("deep_supervision", [True, False])
 @pytest.mark.parametrize("regions", [False, True])
 def test_batches_look_like_nnunets(make, deep_supervision, regions):
