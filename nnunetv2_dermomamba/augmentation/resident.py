@@ -88,8 +88,8 @@ class ResidentDataLoader:
         return {"data": data, "target": target, "keys": keys}
 
     def _corner(self, sample: int, row: int) -> list[int]:
-        shape, locations = self.shapes[row], self.class_locations[row]
-        return self.loader.get_bbox(shape, self.loader.get_do_oversample(sample), locations)[0]
+        shape = self.shapes[row].tolist()  # get_bbox computes faster with Python's numbers than with NumPy's
+        return self.loader.get_bbox(shape, self.loader.get_do_oversample(sample), self.class_locations[row])[0]
 
     def _gather(
         self,

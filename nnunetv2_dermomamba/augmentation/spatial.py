@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class RotateScaleCrop(BatchTransform):
         scaling_probability: float,
         scaling: Sampler,
         synchronize_scaling: float,
-        labels: Sequence[int],
+        labels: Collection[int],
         padding_label: int,
     ) -> None:
         self.patch_size = patch_size

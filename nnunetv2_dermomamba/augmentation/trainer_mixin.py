@@ -96,19 +96,16 @@ class DeviceAugmentationMixin(Trainer):
         if len(self.configuration_manager.patch_size) != 2 or self.is_cascaded:
             raise UntranslatableTransformError("only 2D configurations without cascade have counterparts for batches")
         with _no_worker_processes():
-            loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
-        labels = [
-            label
-            for label in {*self.label_manager.all_labels, self.label_manager.ignore_label, -1}
-            if label is not None
-        ]
+            loaders = [_nnunet_loader(augmenter) for augmenter in super().get_dataloaders()]
+        labels = {*self.label_manager.all_labels, self.label_manager.ignore_label, -1} - {None}
         rng = np.random.default_rng()
         augmenters = [BatchAugmenter(loader.transforms, labels, self.device, rng) for loader in loaders]
         needed = sum(estimated_bytes(loader._data) for loader in loaders)
         resident = needed <= RESIDENT_SHARE * _free_bytes(self.device)
         place = "kept on the device" if resident else "read and cropped by worker processes"
         self.print_to_log_file(f"Augmentation on {self.device}; data set ({needed / 2**20:.0f} MiB) {place}.")
-        sources = [ResidentDataLoader(loader, self.device) if resident else _workers(loader) for loader in loaders]
+        source = ResidentDataLoader if resident else _workers
+        sources = [source(loader, self.device) for loader in loaders]
         train, validation = (AugmentedBatches(*pair) for pair in zip(sources, augmenters, strict=True))
         return train, validation
 
@@ -150,13 +147,20 @@ def _no_worker_processes() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _workers(loader: nnUNetDataLoader) -> NonDetMultiThreadedAugmenter | SingleThreadedAugmenter:
+def _nnunet_loader(augmenter: object) -> nnUNetDataLoader:
+    loader = getattr(augmenter, "data_loader", None)
+    if getattr(type(loader), "generate_train_batch", None) is not nnUNetDataLoader.generate_train_batch:
+        raise UntranslatableTransformError(f"no counterpart for batches of what {type(loader).__name__} loads")
+    return loader
+
+
+def _workers(loader: nnUNetDataLoader, device: torch.device) -> NonDetMultiThreadedAugmenter | SingleThreadedAugmenter:
     """nnU-Net's worker processes for a loader that only reads and crops."""
     loader.transforms = None
     count = get_allowed_n_proc_DA()
     if count == 0:
         return SingleThreadedAugmenter(loader, None)
-    pinned = torch.cuda.is_available()
+    pinned = device.type == "cuda"
     return NonDetMultiThreadedAugmenter(
         loader, None, num_processes=count, num_cached=max(6, count // 2), pin_memory=pinned, wait_time=0.002
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class BatchAugmenter:
     """
 
     def __init__(
-        self, transforms: BasicTransform, labels: Sequence[int], device: torch.device, rng: np.random.Generator
+        self, transforms: BasicTransform, labels: Collection[int], device: torch.device, rng: np.random.Generator
     ) -> None:
         self.device = device
         self.rng = rng
