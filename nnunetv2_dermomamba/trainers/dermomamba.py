@@ -9,6 +9,7 @@ from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import autocast, nn
 
+from nnunetv2_dermomamba.augmentation.trainer_mixin import DeviceAugmentationMixin
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import describe_choice
 
@@ -16,8 +17,12 @@ from .guide_fusion_loss import GuideFusionLossMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw
 
 
-class nnUNetTrainerDermoMambaDiceCE(nnUNetTrainer):
-    """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's."""
+class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, nnUNetTrainer):
+    """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's.
+
+    On CUDA nnU-Net's augmentation runs in batches on the device (``DERMOMAMBA_AUGMENT_ON_DEVICE=0`` for nnU-Net's
+    worker processes).
+    """
 
     def __init__(
         self,
