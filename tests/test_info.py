@@ -1,11 +1,14 @@
 import json
+import os
+import shutil
 import zipfile
 
 import pytest
 import torch
+from masks import save_pairs
 
 from nnunetv2_dermomamba.cli import main
-from nnunetv2_dermomamba.info import count_cost, load_model, versions
+from nnunetv2_dermomamba.info import count_cost, trained_model, versions
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import BACKENDS, ENVIRONMENT_VARIABLE
 
@@ -159,11 +162,10 @@ def test_a_trained_model_as_folder_and_as_zip(trained, tmp_path, capsys):
 
 
 def test_evaluate_shows_a_models_cost(trained, tmp_path, capsys):
-    from masks import save_pairs
 
     masks, truth = save_pairs(tmp_path)
     assert main(["evaluate", "-p", str(masks), "-g", str(truth), "-np", "1", "--model", str(trained)]) == 0
-    cost = count_cost(*_parts(load_model(trained)))
+    cost = count_cost(*_parts(trained_model(trained)))
     assert f"{cost.parameters / 1e6:.2f}" in capsys.readouterr().out
 
 
@@ -183,3 +185,46 @@ def test_what_is_no_model_is_refused(tmp_path, capsys, kind):
             archive.writestr("readme", "no model")
     assert main(["info", "--model", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder),))
+
+
+def test_a_strangers_checkpoint_runs_no_code_unless_trusted(trained, tmp_path, capsys):
+    model = shutil.copytree(trained, tmp_path / trained.name)
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=True)
+    torch.save({**checkpoint, "logging": RunsCode(tmp_path / "ran")}, file)
+    masks, truth = save_pairs(tmp_path, count=1)
+    for command in (["info"], ["evaluate", "-p", str(masks), "-g", str(truth), "-np", "1"]):
+        assert main([*command, "--model", str(model)]) == 2
+        error = capsys.readouterr().err
+        assert str(file.name) in error
+        assert "--trust" in error
+        assert not (tmp_path / "ran").exists()
+    assert main(["info", "--model", str(model), "--trust"]) == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_zip_file_is_not_unpacked(trained, tmp_path, capsys):
+    exported = tmp_path / "model.zip"
+    with zipfile.ZipFile(exported, "w") as archive:
+        archive.write(trained / "plans.json", "../plans.json")
+    assert main(["info", "--model", str(exported)]) == 2
+    assert "leaves the archive" in capsys.readouterr().err
+
+
+def test_an_unfinished_training_needs_its_checkpoint_named(trained, tmp_path, capsys):
+    model = shutil.copytree(trained, tmp_path / trained.name)
+    (model / "fold_0" / "checkpoint_final.pth").rename(model / "fold_0" / "checkpoint_best.pth")
+    assert main(["info", "--model", str(model)]) == 2
+    assert "-chk" in capsys.readouterr().err
+    assert main(["info", "--json", "--model", str(model), "-chk", "checkpoint_best.pth"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["checkpoint"] == "checkpoint_best.pth"

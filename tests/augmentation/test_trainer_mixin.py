@@ -93,7 +93,8 @@ def test_another_loader_is_not_replaced(make, monkeypatch):
         def generate_train_batch(self):
             return {**super().generate_train_batch(), "more": 1}
 
-    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetDataLoader", Loader)
+    # Not by the module's name: nnU-Net's trainer search, in another test, may have imported it anew.
+    monkeypatch.setitem(nnUNetTrainer.get_dataloaders.__globals__, "nnUNetDataLoader", Loader)
     monkeypatch.setattr(trainer_mixin, "FASTER_ON", ("cpu",))
     train, _ = make().get_dataloaders()
     assert next(train)["more"] == 1

@@ -1,10 +1,13 @@
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from scipy.ndimage import distance_transform_edt
@@ -362,7 +365,10 @@ def _process(rank: int, rendezvous: str) -> None:
 
 
 def test_two_processes_equal_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(_process, (str(tmp_path / "rendezvous"),), nprocs=2)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")] for rank in (0, 1)]
+    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
 @pytest.mark.gpu
@@ -395,3 +401,7 @@ class TestCuda:
         result = compiled(logits.detach().cuda().requires_grad_(), target.cuda())
         result.backward()
         assert relative_error(result.cpu(), expected.detach()) <= FORWARD[torch.float32]
+
+
+if __name__ == "__main__":  # one of the two processes of test_two_processes_equal_the_joint_batch
+    _process(int(sys.argv[1]), sys.argv[2])
