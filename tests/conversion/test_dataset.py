@@ -368,7 +368,7 @@ def test_interrupted(isic, raw):
     enlarge(isic, 200)
     process = run_in_process(isic, "--workers", "2", start_new_session=True)
     partial = raw / f".{NAME}.partial"
-    wait_for(lambda: len(list(partial.rglob("labelsTr/*.png"))) >= 1)
+    wait_for(lambda: len(list(partial.rglob("labelsTr/*.png"))) >= 40)  # by then both workers have started
     os.killpg(process.pid, signal.SIGINT)
     _, message = process.communicate(timeout=20)
     assert process.returncode == 130
