@@ -91,6 +91,8 @@ def demo_environment(folder: Path) -> dict[str, str]:
         Path(path).mkdir(exist_ok=True)
     # Every worker imports PyTorch first, which takes longer than the work on a few small images.
     workers = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
+    # PyTorch's threads must not spin while they wait for each other: on busy cores a step takes ten times as long.
+    workers["OMP_WAIT_POLICY"] = "PASSIVE"
     commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **environment, **workers, "PATH": commands}
 

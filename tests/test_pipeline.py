@@ -44,6 +44,7 @@ class Workspace:
             "nnUNet_extTrainer": str(folder / "trainers"),
             "nnUNet_n_proc_DA": "1",
             "nnUNet_def_n_proc": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # see examples/demo.py
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         }
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
