@@ -16,8 +16,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -26,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_dermomamba import __version__
+from nnunetv2_dermomamba.predict.options import add_model_arguments
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Cost", "Model", "add_arguments", "count_cost", "load_model", "run"]
+__all__ = ["Cost", "SizedNetwork", "add_arguments", "count_cost", "published_model", "run", "trained_model"]
 
 PUBLISHED_PATCH = (192, 256)
 PACKAGES = ("torch", "nnunetv2", "numba", "triton", "mamba-ssm", "numpy", "scipy", "SimpleITK", "pillow")
@@ -61,8 +60,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A trained model, or the published network.
+class SizedNetwork:
+    """The network of a trained model, or the published one, and the input it is made for.
 
     Attributes:
         name: Trainer, plans and configuration, or the network's name.
@@ -132,66 +131,47 @@ def _automatic_backend() -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = requested
 
 
-def published_model() -> Model:
+def published_model() -> SizedNetwork:
     """The network as published: 3 x 192 x 256, one logit."""
     from nnunetv2_dermomamba.network import DermoMamba
 
-    return Model("DermoMamba as published", DermoMamba(3, 1, PUBLISHED_PATCH), 3, PUBLISHED_PATCH, {})
+    return SizedNetwork("DermoMamba as published", DermoMamba(3, 1, PUBLISHED_PATCH), 3, PUBLISHED_PATCH, {})
 
 
-def load_model(path: Path) -> Model:
-    """Read a trained model.
+def trained_model(
+    path: Path, folds: list[str] | None = None, checkpoint: str = "checkpoint_final.pth", trust: bool = False
+) -> SizedNetwork:
+    """Read a trained model as prediction does, without trusting who made it.
 
     Args:
-        path: nnU-Net's results folder of one trainer and configuration (it holds ``plans.json`` and ``fold_*``), or the
-            zip file that ``nnUNetv2_export_model_to_zip`` writes.
+        path: nnU-Net's results folder of one trainer and configuration, or the zip file that
+            ``nnUNetv2_export_model_to_zip`` writes.
+        folds: Their names; None for all.
+        checkpoint: File name of the checkpoints.
+        trust: Load a model that could run any code.
 
     Raises:
-        ValueError: It is neither.
+        ModelError: It cannot be used, or holds what a model has no need of.
     """
-    if path.is_dir():
-        return _read_model(path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a zip file that nnUNetv2_export_model_to_zip wrote")
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
-        archive.extractall(folder)
-        return _read_model(_only_model(Path(folder), path))
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunetv2_dermomamba.predict.model import build_network, load_model
 
-def _only_model(folder: Path, path: Path) -> Path:
-    found = sorted(plans.parent for plans in folder.rglob("plans.json"))
-    if len(found) != 1:
-        names = ", ".join(str(model.relative_to(folder)) for model in found) or "none"
-        raise ValueError(f"{path} must hold one model, but it holds {names}; unpack it and name the one meant")
-    return found[0]
-
-
-def _read_model(folder: Path) -> Model:
-    folds = sorted(fold.name.removeprefix("fold_") for fold in folder.glob("fold_*") if any(fold.glob("*.pth")))
-    if not (folder / "plans.json").is_file() or not folds:
-        raise ValueError(
-            f"{folder} is no trained model: it needs plans.json, dataset.json and fold_*/checkpoint_final.pth, like "
-            "nnUNet_results/Dataset501_ISIC2018/nnUNetTrainerDermoMamba__nnUNetPlans__2d"
-        )
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    first = folder / f"fold_{folds[0]}"
-    checkpoint = "checkpoint_final.pth" if (first / "checkpoint_final.pth").is_file() else "checkpoint_best.pth"
-    use_fold = int(folds[0]) if folds[0].isdigit() else folds[0]
-    with redirect_stdout(sys.stderr):  # nnU-Net prints
-        predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(folder), [use_fold], checkpoint)
-    dataset = predictor.dataset_json
+    with redirect_stdout(sys.stderr):  # trainers and nnU-Net print
+        model = load_model(path, folds, checkpoint, trust)
+        plans = PlansManager(model.plans)
+        network = build_network(model, plans, trust)
+    configuration = plans.get_configuration(model.configuration)
+    channels = determine_num_input_channels(plans, configuration, model.dataset)
     details = {
-        "data set": predictor.plans_manager.dataset_name,
-        "trainer": predictor.trainer_name,
-        "labels": ", ".join(dataset["labels"]),
-        "folds": ", ".join(folds),
-        "checkpoint": checkpoint,
+        "data set": str(plans.dataset_name),
+        "trainer": model.trainer,
+        "labels": ", ".join(model.dataset["labels"]),
+        "folds": ", ".join(model.folds),
+        "checkpoint": model.checkpoint,
     }
-    patch_size = tuple(predictor.configuration_manager.patch_size)
-    return Model(folder.name, predictor.network, len(dataset["channel_names"]), patch_size, details)
+    return SizedNetwork(model.name, network, channels, tuple(configuration.patch_size), details)
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -244,25 +224,23 @@ def versions() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dermomamba info``."""
-    parser.add_argument(
-        "-m", "--model", type=Path, metavar="MODEL", help="trained model: nnU-Net's results folder or an exported zip"
-    )
+    add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``dermomamba info``; returns the exit status."""
     try:
-        model = load_model(args.model) if args.model else published_model()
+        model = trained_model(args.model, args.f, args.chk, args.trust) if args.model else published_model()
+        cost = count_cost(model.network, model.channels, model.patch_size)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"dermomamba info: error: {error}", file=sys.stderr)
         return 2
-    cost = count_cost(model.network, model.channels, model.patch_size)
     print(json.dumps(_as_dict(model, cost), indent=1) if args.json else _as_text(model, cost))
     return 0
 
 
-def _as_dict(model: Model, cost: Cost) -> dict[str, Any]:
+def _as_dict(model: SizedNetwork, cost: Cost) -> dict[str, Any]:
     return {
         "model": {"name": model.name, "channels": model.channels, "patch_size": model.patch_size, **model.details},
         "cost": {**asdict(cost), "operations": cost.operations},
@@ -272,7 +250,7 @@ def _as_dict(model: Model, cost: Cost) -> dict[str, Any]:
     }
 
 
-def _as_text(model: Model, cost: Cost) -> str:
+def _as_text(model: SizedNetwork, cost: Cost) -> str:
     size = " x ".join(str(side) for side in (model.channels, *model.patch_size))
     sections = {
         model.name: {"input": size, "parameters": f"{cost.parameters:,}", **model.details},

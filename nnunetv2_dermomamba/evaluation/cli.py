@@ -33,6 +33,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_dermomamba.predict.options import add_model_arguments
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -57,13 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="another method's masks, or the --csv of its evaluation: adds paired Wilcoxon p-values",
     )
-    parser.add_argument(
-        "-m",
-        "--model",
-        type=Path,
-        metavar="MODEL",
-        help="trained model (results folder or exported zip): adds its parameters and operations to the table",
-    )
+    add_model_arguments(parser, use=": adds its parameters and operations to the table")
     parser.add_argument(
         "--missing",
         choices=("fail", "empty", "skip"),
@@ -113,9 +109,9 @@ def _run(args: argparse.Namespace) -> int:
     )
     cost = None
     if args.model:
-        from nnunetv2_dermomamba.info import count_cost, load_model
+        from nnunetv2_dermomamba.info import count_cost, trained_model
 
-        model = load_model(args.model)
+        model = trained_model(args.model, args.f, args.chk, args.trust)
         cost = count_cost(model.network, model.channels, model.patch_size)
     shared = {"settings": settings, "processes": args.np, "progress": True}
     other = None

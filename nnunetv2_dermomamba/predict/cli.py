@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nnunetv2_dermomamba.predict.options import add_model_arguments
 from nnunetv2_dermomamba.predict.photos import InputError, find_photos
 
 __all__ = ["add_arguments", "run"]
@@ -25,22 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PNG, BMP, TIFF, WebP or DICOM dermoscopy",
     )
     parser.add_argument("-o", required=True, type=Path, metavar="MASKS", help="folder for the masks; made if missing")
-    parser.add_argument(
-        "-m",
-        required=True,
-        type=Path,
-        metavar="MODEL",
-        help="nnU-Net's results folder of a trainer, or the zip that nnUNetv2_export_model_to_zip wrote",
-    )
-    parser.add_argument(
-        "-f", nargs="+", metavar="FOLD", help="folds whose predictions are averaged (default: all that are there)"
-    )
-    parser.add_argument(
-        "-chk",
-        default="checkpoint_final.pth",
-        metavar="FILE",
-        help="checkpoint of each fold (default: %(default)s)",
-    )
+    add_model_arguments(parser, use="; the folds are averaged", required=True)
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")
     parser.add_argument(
         "-step_size",
@@ -64,11 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write predictions.csv to MASKS: size, area, bounding box, centroid, parts, mean probability and seconds",
     )
     parser.add_argument("--resume", action="store_true", help="skip photographs whose results are there")
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="load a model that could run any code on this machine: only if you know who made it",
-    )
 
 
 def _step_size(text: str) -> float:
@@ -101,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         predictor = Predictor(
-            args.m,
+            args.model,
             args.device,
             folds=args.f,
             checkpoint=args.chk,
