@@ -136,7 +136,7 @@ class nnUNetTrainerDermoMamba_50epochs(nnUNetTrainerDermoMamba):
 
 
 class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):
-    """Five epochs of sixty iterations: two minutes on two CPU cores for small images and batches."""
+    """Four epochs of fifty iterations: two minutes on two CPU cores for small images and batches."""
 
     def __init__(
         self,
@@ -147,6 +147,6 @@ class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 5
-        self.num_iterations_per_epoch = 60
+        self.num_epochs = 4
+        self.num_iterations_per_epoch = 50
         self.num_val_iterations_per_epoch = 4
