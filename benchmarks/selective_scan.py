@@ -1,12 +1,16 @@
 """Time the selective scan's backends against each other: ``python benchmarks/selective_scan.py``.
 
 A correctness gate comes first. GPU rows: CUDA graph replays of forward + backward, medians, both backends in one run.
+Without a GPU: the CPU's backends at the network's five stages, one image; the whole network against nnU-Net's U-Net is
+timed by ``benchmarks/inference.py`` and ``benchmarks/training.py --device cpu``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import platform
+import time
 from collections.abc import Callable
 
 import torch
@@ -179,16 +183,47 @@ def length_table(backend: str) -> None:
     print(f"slope {slope:.3f}; over the last two points {last:.3f}")
 
 
+def cpu_table(batch: int, backends: list[str]) -> None:
+    """Times of the 2D scan at the network's five stages for each backend, medians of five calls."""
+    device = torch.device("cpu")
+    print(f"\n2D scan with projections on the CPU, batch {batch}, float32, ms: forward / forward + backward")
+    sums = {backend: [0.0, 0.0] for backend in backends}
+    for stage, (d, rank, height, width) in enumerate(STAGES):
+        row = [f"stage {stage} d {d:3} {height:3} x {width:3}"]
+        for backend in backends:
+            inputs = map_inputs(batch, d, rank, height, width, device)
+            pair = steps(lambda **t: selective_scan_2d(**t, backend=backend), inputs)  # noqa: B023
+            times = [wall_time(step) for step in pair]
+            sums[backend] = [a + b for a, b in zip(sums[backend], times, strict=True)]
+            row.append(f"{backend} {times[0]:8.2f} / {times[1]:8.2f}")
+        print("  ".join(row), flush=True)
+    print("sum  " + "  ".join(f"{backend} {s[0]:.1f} / {s[1]:.1f}" for backend, s in sums.items()))
+
+
+def wall_time(step: Callable[[], object], repeats: int = 5) -> float:
+    """Median milliseconds of a call on the CPU, after one warm-up."""
+    step()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[repeats // 2]
+
+
 def main() -> None:
     """Parse arguments, run the gate, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=48, help="maps: 16 images of 3 chunks each")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, help="maps (default: 48 on CUDA, 3 on the CPU: 3 chunks an image)")
     args = parser.parse_args()
+    torch.manual_seed(0)
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: the GPU rows cannot be measured here")
+        print(f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        gate(torch.device("cpu"), "numba")
+        cpu_table(args.batch or 3, ["numba", "torch"])
+        return
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    torch.manual_seed(0)
     gate(device, "triton")
     backends = ["triton"]
     mamba = next(b for b in BACKENDS if b.name == "mamba-ssm")
@@ -196,7 +231,7 @@ def main() -> None:
         backends.append("mamba-ssm")
     else:
         print(f"mamba-ssm is not measured: {reason}")
-    gpu_tables(args.batch, backends)
+    gpu_tables(args.batch or 48, backends)
     length_table("triton")
 
 
