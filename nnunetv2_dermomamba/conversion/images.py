@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from PIL import Image
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.conversion.resample import resize_image
 
-__all__ = ["MAX_PIXELS", "Photograph", "open_image", "read_photograph", "read_rgb"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Photograph", "open_image", "read_photograph", "read_rgb"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 MAX_PIXELS = 80_000_000  # ISIC's largest image has 30 million; below Pillow's own warning, and 240 MB as RGB
@@ -31,6 +33,21 @@ MAX_JPEG_SCAN_PIXELS = 20 * MAX_PIXELS  # a progressive JPEG has about ten scans
 # A draft (JPEG decoded at 1/2, 1/4 or 1/8) of at least this many times the wanted size stays within a mean of 0.6 grey
 # levels of a full decode; 2.0 would give 0.3, and convert a sixth fewer images per second (benchmarks/conversion.py).
 DRAFT_GAP = 1.25
+
+# What Pillow's decoders and the modules below them raise on damaged data, besides `OSError` and `MemoryError`. Names,
+# attributes and imports that are missing are faults of the program, and are not among them.
+DAMAGE = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    Image.DecompressionBombError,
+    struct.error,
+    zlib.error,
+)
 
 START_OF_SCAN = b"\xff\xda"
 EXIF_ORIENTATION = 0x0112
@@ -62,11 +79,14 @@ class Photograph:
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
+def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
     """Open an image file of a known format whose header claims a sane size; pixels are not decoded yet.
 
-    Whatever the body of the ``with`` statement raises while it decodes becomes an `ImageReadError`, because decoders
-    raise almost anything on damaged files.
+    What decoders raise on damaged files becomes an `ImageReadError`, in the body of the ``with`` statement too.
+
+    Args:
+        path: The file.
+        formats: Pillow's names of the formats that are known.
 
     Raises:
         ImageReadError: The file cannot be opened or decoded, or is too large.
@@ -75,7 +95,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     try:
         data = _read_bytes(path)
         stream = io.BytesIO(data)
-        with Image.open(stream, formats=FORMATS) as image:
+        with Image.open(stream, formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageReadError(path, f"claims {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
@@ -89,12 +109,12 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     except ImageReadError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageReadError(path, f"is not an image of a known format ({', '.join(FORMATS)})") from None
+        raise ImageReadError(path, f"is not an image of a known format ({', '.join(formats)})") from None
     except OSError as error:
         raise ImageReadError(path, error.strerror or f"cannot be decoded: {error}") from error
     except MemoryError as error:
         raise ImageReadError(path, "does not fit in memory") from error
-    except Exception as error:
+    except DAMAGE as error:
         raise ImageReadError(path, f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 

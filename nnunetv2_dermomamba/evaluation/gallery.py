@@ -13,7 +13,7 @@ from PIL import Image
 from skimage.measure import find_contours
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import read_photograph
+from nnunetv2_dermomamba.predict.reading import read_photo
 
 __all__ = ["Drawing", "draw"]
 
@@ -70,7 +70,7 @@ def _picture(path: Path, shape: tuple[int, ...], pixels: int) -> tuple[str, str]
     """Photograph as a ``data:`` URI, reduced to the proportions of ``shape``, and what went wrong."""
     factor = min(1.0, pixels / max(shape))
     try:
-        photograph = read_photograph(path, (max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))))
+        photograph = read_photo(path, (max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))))
     except ImageReadError as error:
         return "", str(error)
     height, width = photograph.original_shape

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nnunetv2_dermomamba.predict.photos import SUFFIXES as PHOTO_SUFFIXES
+
 __all__ = ["Case", "Pairing", "PairingError", "case_id", "index_images", "index_masks", "index_probabilities", "pair"]
 
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".nii.gz", ".nii")
 PROBABILITY_EXTENSIONS = (".png", ".npz")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 MASK_ENDINGS = ("_mask", "_segmentation", "_lesion", "_prediction", "_pred", "_seg", "_label", "_groundtruth", "_gt")
 PROBABILITY_ENDINGS = ("_probability", "_probabilities", "_prob")
 OTHER_ENDINGS = ("_overlay",)
@@ -130,9 +131,9 @@ def index_probabilities(folder: Path) -> dict[str, Path]:
 
 def index_images(folder: Path) -> dict[str, Path]:
     """Photographs of a folder by case name; nnU-Net's ``<case>_0000.png`` counts as ``<case>``."""
-    found = [(case_id(path.relative_to(folder), IMAGE_EXTENSIONS, ()), path) for path in _files(folder)]
+    found = [(case_id(path.relative_to(folder), PHOTO_SUFFIXES, ()), path) for path in _files(folder)]
     named = [(name, path) for name, path in found if name is not None]
-    exact = _unique(named, folder, "photograph", IMAGE_EXTENSIONS)
+    exact = _unique(named, folder, "photograph", PHOTO_SUFFIXES)
     channel = {name.removesuffix(CHANNEL_ENDING): path for name, path in exact.items() if name.endswith(CHANNEL_ENDING)}
     return {**channel, **exact}
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +9,7 @@ from PIL import Image
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.conversion.images import (
     EXIF_ORIENTATION,
-    MAX_PIXELS,
+    FORMATS,
     Photograph,
     open_image,
     read_photograph,
@@ -23,7 +20,6 @@ from nnunetv2_dermomamba.predict.dicom import read_dicom
 
 __all__ = ["is_dicom", "read_photo"]
 
-MAX_WEBP_BYTES = 128 << 20
 HEAD_BYTES = 132  # as far as DICOM's mark reaches
 WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
@@ -44,10 +40,9 @@ def read_photo(path: str | Path, shape: tuple[int, int] | None = None) -> Photog
     head = _head(path)
     if head[128:] == b"DICM":
         return _resampled(read_dicom(path), shape)
-    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    with _open_webp(path) if is_webp else open_image(path) as image:
+    with open_image(path, (*FORMATS, "WEBP")) as image:
         has_alpha = image.mode in WITH_ALPHA or "transparency" in image.info
-        if is_webp or has_alpha:
+        if has_alpha or image.format == "WEBP":
             orientation = image.getexif().get(EXIF_ORIENTATION, 1)
             image.load()
             flat = _on_white(image) if has_alpha else image.convert("RGB")
@@ -82,20 +77,3 @@ def _on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))
     return white
-
-
-@contextmanager
-def _open_webp(path: Path) -> Iterator[Image.Image]:
-    try:
-        if os.stat(path).st_size > MAX_WEBP_BYTES:
-            raise ImageReadError(path, f"is larger than {MAX_WEBP_BYTES >> 20} MiB")
-        with Image.open(path, formats=("WEBP",)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageReadError(path, f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            if getattr(image, "n_frames", 1) != 1:
-                raise ImageReadError(path, "holds several pictures; keep one")
-            yield image
-    except ImageReadError:
-        raise
-    except Exception as error:  # decoders raise almost anything on damaged files
-        raise ImageReadError(path, f"cannot be decoded: {error}") from error
