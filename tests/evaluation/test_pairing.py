@@ -49,7 +49,7 @@ def test_pairs_missing_extra_and_ignored(tmp_path):
     assert pairing.missing == ["b"]
     assert list(pairing.extra) == ["d"]
     assert {path.name for path in pairing.ignored} == {"notes.txt", "summary.json", "a_overlay.png", "a.npz"}
-    assert pairing.cases[0].probability == masks / "a.npz"
+    assert pairing.cases[0].probabilities == {None: masks / "a.npz"}
     assert [case.image and case.image.name for case in pairing.cases] == ["a.jpg", "b_0000.png", None]
 
 
@@ -60,8 +60,19 @@ def test_two_masks_of_one_case_are_refused_by_name(tmp_path):
 
 def test_maps_and_masks_may_share_a_folder(tmp_path):
     folder = touch(tmp_path, "a_mask.png", "a_probability.png", "a_overlay.png")
-    assert index_probabilities(folder) == {"a": folder / "a_probability.png"}
+    assert index_probabilities(folder) == {"a": {None: folder / "a_probability.png"}}
     assert list(index_masks(folder)[0]) == ["a"]
+
+
+def test_each_class_may_have_a_map(tmp_path):
+    folder = touch(tmp_path, "a_mask.png", "a_probability_1.png", "a_probability_2.png", "b_7_mask.png")
+    assert index_probabilities(folder) == {"a": {k: folder / f"a_probability_{k}.png" for k in (1, 2)}}
+    assert list(index_masks(folder)[0]) == ["a", "b_7"]
+
+
+def test_two_maps_of_one_class_are_refused(tmp_path):
+    with pytest.raises(PairingError, match=r"case a: .*a_prob_1\.png and .*a_probability_1\.png"):
+        index_probabilities(touch(tmp_path, "a_prob_1.png", "a_probability_1.png"))
 
 
 def test_plain_names_are_maps_in_a_folder_of_their_own(tmp_path):

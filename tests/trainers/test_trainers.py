@@ -1,0 +1,83 @@
+"""Every trainer trains: two iterations and a validation step on a small data set with two classes, or regions."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_dermomamba import trainers
+from nnunetv2_dermomamba.network import DermoMamba
+
+EPOCHS = {
+    "nnUNetTrainerDermoMamba": 200,
+    "nnUNetTrainerDermoMambaDiceCE": 200,
+    "nnUNetTrainerDermoMamba_5epochs": 5,
+    "nnUNetTrainerDermoMamba_50epochs": 50,
+    "nnUNetTrainerDermoMamba_demo": 4,
+    "nnUNetTrainerGuideFusionLoss": 1000,
+}
+LABELS = {
+    "classes": {"labels": {"background": 0, "rim": 1, "core": 2}},
+    "regions": {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]},
+}
+
+
+@pytest.fixture
+def make(preprocessed, plans, dataset_json, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+
+    def build(name: str, labels: str):
+        trainer_class = getattr(trainers, name)
+        dataset = {**dataset_json, **LABELS[labels]}
+        trainer = trainer_class(copy.deepcopy(plans), "2d", 0, dataset, torch.device("cpu"))
+        assert trainer.num_epochs == EPOCHS[name]
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
+        trainer.initialize()
+        return trainer
+
+    return build
+
+
+def test_all_are_listed() -> None:
+    assert set(trainers.__all__) == set(EPOCHS)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("nnUNetTrainerDermoMamba", "classes"),
+        ("nnUNetTrainerDermoMamba", "regions"),
+        ("nnUNetTrainerDermoMamba_5epochs", "classes"),
+        ("nnUNetTrainerDermoMamba_50epochs", "classes"),
+        ("nnUNetTrainerDermoMamba_demo", "classes"),
+        ("nnUNetTrainerDermoMambaDiceCE", "classes"),
+        ("nnUNetTrainerGuideFusionLoss", "classes"),
+        ("nnUNetTrainerGuideFusionLoss", "regions"),
+    ],
+)
+def test_trains(make, name: str, labels: str) -> None:
+    np.random.seed(0)
+    torch.manual_seed(0)
+    trainer = make(name, labels)
+    before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)])
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    after = trainer.network.state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert math.isfinite(trainer.logger.get_value("train_losses", step=-1))
+    assert math.isfinite(trainer.logger.get_value("val_losses", step=-1))
+    with open(trainer.log_file) as file:
+        log = file.read()
+    assert ("cross_entropy" in log) == (name != "nnUNetTrainerDermoMambaDiceCE")
+    if "DermoMamba" in name:
+        assert isinstance(trainer.network, DermoMamba)
+        assert "Selective scan backend: numba for cpu" in log
+        assert not trainer.enable_deep_supervision
+        assert trainer.optimizer.param_groups[0]["lr"] > 0
