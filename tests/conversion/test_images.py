@@ -167,3 +167,10 @@ def test_huge_claims_are_refused_before_decoding(tmp_path, photograph, monkeypat
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
     with pytest.raises(ImageReadError, match="larger"):
         read_rgb(tmp_path / "a.png")
+
+
+def test_a_fault_of_the_program_is_not_called_damage(tmp_path, photograph):
+    Image.fromarray(photograph).save(tmp_path / "a.png")
+    for fault in (NameError, AttributeError, ImportError):
+        with pytest.raises(fault), images.open_image(tmp_path / "a.png"):
+            raise fault
