@@ -214,14 +214,21 @@ def _score_case(
 def _add_probability(
     scores: list[dict[str, Any]], case: Case, truth: np.ndarray, settings: Settings, common: dict[str, Any]
 ) -> None:
-    if case.probability is None and case.prediction is not None:
-        common["message"] = f"no probability map for {case.ground_truth.name}"
+    maps = {label: case.probabilities.get(label, case.probabilities.get(None)) for label in settings.classes}
+    if case.prediction is not None and None in maps.values():
+        lacking = (
+            f" of class {', '.join(str(k) for k, path in maps.items() if path is None)}" if any(maps.values()) else ""
+        )
+        common["message"] = f"no probability map{lacking} for {case.ground_truth.name}"
         return
     for label, score in zip(settings.classes, scores, strict=True):
-        if case.probability is None or case.prediction is None:
+        path = maps[label]
+        if path is None or case.prediction is None:
             probability = np.zeros(truth.shape, dtype=np.float32)
         else:
-            probability = read_probability(case.probability, label, settings.classes)
+            # A map of one class holds only that one.
+            classes = (label,) if label in case.probabilities else settings.classes
+            probability = read_probability(path, label, classes)
             probability = _fit(probability, truth.shape, settings.resize, case)
         score |= probability_metrics(probability, truth == label)
 

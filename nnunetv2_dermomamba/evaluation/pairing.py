@@ -6,9 +6,11 @@ A case is named by its path below the folder without extension and without the e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from nnunetv2_dermomamba.predict.photos import SUFFIXES as PHOTO_SUFFIXES
 
@@ -18,22 +20,30 @@ MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".nii.gz", ".nii")
 PROBABILITY_EXTENSIONS = (".png", ".npz")
 MASK_ENDINGS = ("_mask", "_segmentation", "_lesion", "_prediction", "_pred", "_seg", "_label", "_groundtruth", "_gt")
 PROBABILITY_ENDINGS = ("_probability", "_probabilities", "_prob")
+LABEL_OF_MAP = re.compile(rf"(.+(?:{'|'.join(PROBABILITY_ENDINGS)}))_(\d{{1,3}})", re.ASCII | re.IGNORECASE)
 OTHER_ENDINGS = ("_overlay",)
 CHANNEL_ENDING = "_0000"  # nnU-Net's first channel
+
+
+Key = TypeVar("Key", str, tuple[str, "int | None"])
 
 
 class PairingError(ValueError):
     """The folders cannot be matched case by case."""
 
 
+ProbabilityMaps = dict[int | None, Path]
+"""Probability maps of a case by label; under ``None`` a file of the only class, or of all classes."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One ground truth and what belongs to it; ``None`` where a file is not there."""
+    """One ground truth and what belongs to it; ``None`` or empty where a file is not there."""
 
     name: str
     ground_truth: Path
     prediction: Path | None = None
-    probability: Path | None = None
+    probabilities: ProbabilityMaps = field(default_factory=dict)
     image: Path | None = None
 
 
@@ -69,8 +79,10 @@ def case_id(path: Path, extensions: Iterable[str], endings: Iterable[str]) -> st
     extension = next((e for e in sorted(extensions, key=len, reverse=True) if name.lower().endswith(e)), None)
     if extension is None:
         return None
-    name = name[: -len(extension)]
-    endings = tuple(endings)
+    return _without_endings(name[: -len(extension)], tuple(endings))
+
+
+def _without_endings(name: str, endings: tuple[str, ...]) -> str:
     while ending := next((e for e in endings if name.lower().endswith(e) and len(Path(name).name) > len(e)), None):
         name = name[: -len(ending)]
     return name
@@ -94,7 +106,7 @@ def pair(
             f"{ground_truth} has {_some(truth)}"
         )
     cases = [
-        Case(name, path, predicted.get(name), probability.get(name), image.get(name))
+        Case(name, path, predicted.get(name), probability.get(name, {}), image.get(name))
         for name, path in sorted(truth.items())
     ]
     extra = {name: path for name, path in sorted(predicted.items()) if name not in truth}
@@ -106,27 +118,39 @@ def index_masks(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     found, ignored = [], []
     for path in _files(folder):
         name = case_id(path.relative_to(folder), MASK_EXTENSIONS, MASK_ENDINGS)
-        if name is None or name.lower().endswith(PROBABILITY_ENDINGS + OTHER_ENDINGS):
+        if name is None or _split_label(name)[0].lower().endswith(PROBABILITY_ENDINGS + OTHER_ENDINGS):
             ignored.append(path)
         else:
             found.append((name, path))
     return _unique(found, folder, "mask", MASK_EXTENSIONS), ignored
 
 
-def index_probabilities(folder: Path) -> dict[str, Path]:
+def index_probabilities(folder: Path) -> dict[str, ProbabilityMaps]:
     """Probability maps of a folder by case name.
 
-    ``<case>_probability.png`` counts as one anywhere; a plain ``<case>.png`` only in a folder without any such name, so
-    that maps and masks may share a folder.
+    ``<case>_probability.png``, or ``<case>_probability_<label>.png`` of each class, counts as one anywhere; a plain
+    ``<case>.png`` only in a folder without any such name, so that maps and masks may share a folder.
     """
-    found = []
+    marked, plain = [], []
     for path in _files(folder):
-        name = case_id(path.relative_to(folder), PROBABILITY_EXTENSIONS, PROBABILITY_ENDINGS)
-        if name is not None:
-            found.append((name, path))
-    marked = [(name, path) for name, path in found if path.stem.lower().endswith(PROBABILITY_ENDINGS)]
-    marked += [(name, path) for name, path in found if path.suffix.lower() == ".npz" and (name, path) not in marked]
-    return _unique(marked or found, folder, "probability map", PROBABILITY_EXTENSIONS)
+        name = case_id(path.relative_to(folder), PROBABILITY_EXTENSIONS, ())
+        if name is None:
+            continue
+        stem, label = _split_label(name)
+        case = _without_endings(stem, PROBABILITY_ENDINGS)
+        is_marked = case != stem or path.suffix.lower() == ".npz"
+        (marked if is_marked else plain).append(((case, label), path))
+    indexed = _unique(marked or plain, folder, "probability map", PROBABILITY_EXTENSIONS)
+    cases: dict[str, ProbabilityMaps] = {}
+    for (case, label), path in indexed.items():
+        cases.setdefault(case, {})[label] = path
+    return cases
+
+
+def _split_label(name: str) -> tuple[str, int | None]:
+    """``a_probability_2`` as (``a_probability``, 2); other names as they are, with ``None``."""
+    match = LABEL_OF_MAP.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def index_images(folder: Path) -> dict[str, Path]:
@@ -144,13 +168,15 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def _unique(found: list[tuple[str, Path]], folder: Path, what: str, extensions: Iterable[str]) -> dict[str, Path]:
+def _unique(found: list[tuple[Key, Path]], folder: Path, what: str, extensions: Iterable[str]) -> dict[Key, Path]:
+    """The files by case name, or by case name and label."""
     if not found:
         raise PairingError(f"no {what} in {folder}: looked for {', '.join(extensions)}")
-    index: dict[str, Path] = {}
+    index: dict[Key, Path] = {}
     for name, path in found:
         if name in index:
-            raise PairingError(f"two files are {what} of case {name}: {index[name]} and {path}; remove one of them")
+            case = name if isinstance(name, str) else name[0]
+            raise PairingError(f"two files are {what} of case {case}: {index[name]} and {path}; remove one of them")
         index[name] = path
     return index
 

@@ -50,7 +50,7 @@ def read_probability(path: Path, label: int, labels: tuple[int, ...]) -> np.ndar
         path: 8- or 16-bit greyscale PNG (full scale is probability 1; binary tasks only), or nnU-Net's ``.npz`` with
             ``probabilities`` of shape (classes, 1, H, W): with a background channel first, or without (regions).
         label: The class wanted.
-        labels: All foreground classes, in order.
+        labels: The foreground classes that the file holds, in order.
 
     Returns:
         Array (H, W), float32, 0 to 1.
@@ -61,7 +61,10 @@ def read_probability(path: Path, label: int, labels: tuple[int, ...]) -> np.ndar
     if path.suffix.lower() == ".npz":
         return _read_npz(path, labels.index(label), len(labels))
     if len(labels) > 1:
-        raise MaskError(f"{path} holds one probability map, but there are {len(labels)} classes; give nnU-Net's .npz")
+        raise MaskError(
+            f"{path} holds one probability map, but there are {len(labels)} classes; give nnU-Net's .npz, or a map of "
+            "each, CASE_probability_LABEL.png"
+        )
     pixels = _read_pixels(path, by_colour=True)
     scale = 255 if pixels.dtype == np.uint8 else 65535
     return (pixels / np.float32(scale)).astype(np.float32)

@@ -261,3 +261,20 @@ def test_same_thresholded_jaccard_as_the_challenge(tmp_path):
     figures = evaluate(tmp_path / "masks", tmp_path / "truth").figures[1]["per_image"]
     assert figures["thresholded_jaccard"].value == pytest.approx(score.overall, rel=1e-12)
     assert 0.1 < score.overall < 0.9  # some cases on either side of the threshold
+
+
+def test_each_class_has_its_probability_map(tmp_path, capsys):
+    truth = np.zeros((20, 30), np.uint8)
+    truth[3:9, 4:12], truth[12:18, 15:25] = 1, 2
+    masks, maps = tmp_path / "masks", tmp_path / "maps"
+    for folder in (masks, maps):
+        folder.mkdir()
+    Image.fromarray(truth).save(masks / "a.png")
+    for label in (1, 2):
+        Image.fromarray(((truth == label) * 65535).astype(np.uint16)).save(maps / f"a_probability_{label}.png")
+    command = ["-p", masks, "-g", masks, "--labels", 1, 2, "--probabilities", maps, "--csv", tmp_path / "a.csv"]
+    assert run(*command) == 0
+    assert read_csv(tmp_path / "a.csv")["soft_dice"].tolist() == pytest.approx([1, 1], abs=1e-3)
+    (maps / "a_probability_2.png").unlink()
+    assert run(*command) == 1
+    assert "no probability map of class 2 for a.png" in capsys.readouterr().out

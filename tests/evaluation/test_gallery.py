@@ -45,8 +45,9 @@ def test_a_mask_at_the_edge_is_outlined_there():
     assert np.abs(corners.max(axis=0) - [2000, 1500]).max() <= 1
 
 
-def test_photographs_are_embedded_upright_and_small(tmp_path):
-    path = tmp_path / "a.jpg"
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_photographs_are_embedded_upright_and_small(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by a quarter
     Image.fromarray(np.zeros((120, 90, 3), dtype=np.uint8)).save(path, exif=exif)

@@ -43,14 +43,14 @@ def touch(folder, *names):
 def test_pairs_missing_extra_and_ignored(tmp_path):
     truth = touch(tmp_path / "g", "a_segmentation.png", "b.png", "x/c_lesion.bmp", "notes.txt")
     masks = touch(tmp_path / "p", "a_mask.png", "x/c.nii.gz", "d.png", "summary.json", "a_overlay.png", "a.npz")
-    images = touch(tmp_path / "i", "a.jpg", "b_0000.png")
+    images = touch(tmp_path / "i", "a.webp", "b_0000.png")
     pairing = pair(masks, truth, masks, images)
     assert [case.name for case in pairing.cases] == ["a", "b", "x/c"]
     assert pairing.missing == ["b"]
     assert list(pairing.extra) == ["d"]
     assert {path.name for path in pairing.ignored} == {"notes.txt", "summary.json", "a_overlay.png", "a.npz"}
     assert pairing.cases[0].probabilities == {None: masks / "a.npz"}
-    assert [case.image and case.image.name for case in pairing.cases] == ["a.jpg", "b_0000.png", None]
+    assert [case.image and case.image.name for case in pairing.cases] == ["a.webp", "b_0000.png", None]
 
 
 def test_two_masks_of_one_case_are_refused_by_name(tmp_path):
