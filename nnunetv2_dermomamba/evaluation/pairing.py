@@ -131,7 +131,8 @@ def index_probabilities(folder: Path) -> dict[str, ProbabilityMaps]:
     ``<case>_probability.png``, or ``<case>_probability_<label>.png`` of each class, counts as one anywhere; a plain
     ``<case>.png`` only in a folder without any such name, so that maps and masks may share a folder.
     """
-    marked, plain = [], []
+    marked: list[tuple[tuple[str, int | None], Path]] = []
+    plain: list[tuple[tuple[str, int | None], Path]] = []
     for path in _files(folder):
         name = case_id(path.relative_to(folder), PROBABILITY_EXTENSIONS, ())
         if name is None:
