@@ -17,6 +17,7 @@ from nnunetv2_dermomamba.loss.distance import distance_to_opposite
 __all__ = ["GuideFusionLoss", "GuideFusionParts", "attention_map", "guide_fusion_loss"]
 
 Attention = Literal["scalar", "pixel"]
+ATTENTIONS = get_args(Attention)  # a constant: torch.compile of PyTorch 2.6 cannot trace get_args
 
 
 class GuideFusionParts(NamedTuple):
@@ -41,7 +42,7 @@ def attention_map(mask: torch.Tensor, valid: torch.Tensor | None = None) -> torc
 
 
 def _check_attention(attention: str) -> None:
-    if attention not in get_args(Attention):
+    if attention not in ATTENTIONS:
         raise ValueError(f"attention must be 'scalar' or 'pixel', got {attention!r}")
 
 
