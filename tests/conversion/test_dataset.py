@@ -366,7 +366,9 @@ def test_killed_and_run_again(isic, raw):
 
 def test_interrupted(isic, raw):
     enlarge(isic, 200)
-    process = run_in_process(isic, "--workers", "2", start_new_session=True)
+    # A shell starts background jobs, such as a CI run, with interrupts ignored, and children inherit that.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = run_in_process(isic, "--workers", "2", start_new_session=True, **heeding)
     partial = raw / f".{NAME}.partial"
     wait_for(lambda: len(list(partial.rglob("labelsTr/*.png"))) >= 40)  # by then both workers have started
     os.killpg(process.pid, signal.SIGINT)
