@@ -20,9 +20,10 @@ from .optimization import WarmupPolyLRScheduler, build_adamw
 class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, nnUNetTrainer):
     """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's.
 
-    On CUDA nnU-Net's augmentation runs in batches on the device (``DERMOMAMBA_AUGMENT_ON_DEVICE=0`` for nnU-Net's
-    worker processes).
+    ``DERMOMAMBA_AUGMENT_ON_DEVICE=1`` runs nnU-Net's augmentation in batches on the device instead of in its workers.
     """
+
+    augment_on_device = False  # not the default before benchmarks/epoch.py has been run on a GPU
 
     def __init__(
         self,
