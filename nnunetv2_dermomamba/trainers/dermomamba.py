@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import autocast, nn
@@ -14,10 +12,11 @@ from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import describe_choice
 
 from .guide_fusion_loss import GuideFusionLossMixin
+from .interruptible import InterruptibleMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw
 
 
-class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, nnUNetTrainer):
+class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, InterruptibleMixin):
     """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's.
 
     ``DERMOMAMBA_AUGMENT_ON_DEVICE=1`` runs nnU-Net's augmentation in batches on the device instead of in its workers.
@@ -66,14 +65,9 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, nnUNetTrainer):
         warmup = min(self.warmup_epochs, 0.1 * self.num_epochs)
         return optimizer, WarmupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
 
-    def on_train_epoch_start(self) -> None:
-        """As nnU-Net; iterations are counted for the learning rate."""
-        self.iteration = 0
-        super().on_train_epoch_start()
-
     def _set_learning_rate(self) -> None:
-        self.iteration += 1  # the first iteration of the warm-up must not have a rate of zero
-        fraction = min(self.iteration, self.num_iterations_per_epoch) / (self.num_iterations_per_epoch + 1)
+        # the first iteration of the warm-up must not have a rate of zero
+        fraction = (self.iteration + 1) / (self.num_iterations_per_epoch + 1)
         self.lr_scheduler.step(self.current_epoch + fraction)
 
     def train_step(self, batch: dict) -> dict:
@@ -86,20 +80,16 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, nnUNetTrainer):
             loss = self.loss(self.network(data), target)
         if self.grad_scaler is None:
             loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
-            self.optimizer.step()
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            if torch.isfinite(norm):  # as the gradient scaler does on CUDA; nothing to wait for on the CPU
+                self.optimizer.step()
         else:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        return {"loss": loss.detach()}
-
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """As nnU-Net, with the epoch's losses fetched from the device in one transfer."""
-        losses = torch.stack([output["loss"].float() for output in train_outputs]).cpu().numpy()
-        super().on_train_epoch_end([{"loss": np.asarray(loss)} for loss in losses])
+        return {"loss": loss.detach(), "gradient_norm": norm}
 
 
 class nnUNetTrainerDermoMamba(GuideFusionLossMixin, nnUNetTrainerDermoMambaDiceCE):

@@ -10,6 +10,8 @@ from torch import nn
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.loss.guide_fusion import Attention
 
+from .interruptible import InterruptibleMixin
+
 
 class GuideFusionLossMixin(nnUNetTrainer):
     """Replaces a trainer's loss by the Guide Fusion Loss, inside nnU-Net's deep supervision where that is on.
@@ -37,22 +39,17 @@ class GuideFusionLossMixin(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         """The trainer's own step; keeps the loss's parts where they are, on the device."""
         outputs = super().train_step(batch)
-        self.loss_parts.append(torch.stack(self.guide_fusion_loss.parts))
-        return outputs
-
-    def on_train_epoch_start(self) -> None:
-        """As the trainer's own."""
-        super().on_train_epoch_start()
-        self.loss_parts: list[torch.Tensor] = []
+        return {**outputs, "loss_parts": torch.stack(self.guide_fusion_loss.parts)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As the trainer's own; logs the means of the loss's two parts."""
-        super().on_train_epoch_end(train_outputs)
-        cross_entropy, attention_dice = torch.stack(self.loss_parts).mean(0).tolist()
+        parts = torch.stack([output["loss_parts"] for output in train_outputs])
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        cross_entropy, attention_dice = parts.mean(0).tolist()
         self.print_to_log_file(
             f"train_loss parts: cross_entropy {cross_entropy:.4f}, attention_dice {attention_dice:.4f}"
         )
 
 
-class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin):
+class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin, InterruptibleMixin):
     """nnU-Net's own network and optimizer with the Guide Fusion Loss."""

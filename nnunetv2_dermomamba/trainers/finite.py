@@ -1,0 +1,69 @@
+"""Keeping NaN and infinity out of a training, without waiting for the device in its steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class NotFiniteError(RuntimeError):
+    """Images or steps hold NaN or infinite values; the message says where and what to do."""
+
+
+def check_images(batch: dict) -> None:
+    """Refuse a batch on the CPU that holds NaN or infinite values; other devices would have to be waited for.
+
+    Args:
+        batch: nnU-Net's, with ``data`` (samples, channels, *size) and ``keys``, the case of each sample.
+
+    Raises:
+        NotFiniteError: naming the cases.
+    """
+    data = batch["data"]
+    if data.device.type != "cpu" or torch.isfinite(data.sum()):  # a sum takes a fifth of the time of isfinite
+        return
+    cases = [str(key) for key, image in zip(batch["keys"], data, strict=True) if not torch.isfinite(image).all()]
+    if cases:
+        raise NotFiniteError(
+            f"NaN or infinite values in the image of {', '.join(sorted(set(cases)))}, as preprocessed and augmented. "
+            "Correct or remove these cases, run nnUNetv2_plan_and_preprocess again, and go on with --c."
+        )
+
+
+class RunningStatistics:
+    """Puts BatchNorm's running means and variances back where a step made them NaN or infinite.
+
+    A gradient scaler skips the step of a batch that overflows in float16, but its forward pass has then already entered
+    the running statistics, which no later batch cleans. Training does not read them, so it is enough to `repair` them
+    now and then and before something does.
+
+    Args:
+        network: whose layers are looked after; its present statistics are the first to go back to.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+        self.buffers = [buffer for buffer in buffers if buffer is not None]
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def repair(self) -> None:
+        """Replace what is not finite by its value at the last call, without waiting for the device."""
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(torch.where(torch.isfinite(buffer), buffer, kept))
+            kept.copy_(buffer)
+
+
+def skipped_at_end(outputs: list[dict]) -> int:
+    """How many of the last steps in a row had a loss or gradient that is not finite; waits for the device.
+
+    Args:
+        outputs: of ``train_step``: tensors or arrays by name, equally shaped in all steps.
+    """
+    if not outputs:
+        return 0
+    columns = [torch.stack([torch.as_tensor(output[name]) for output in outputs]) for name in outputs[0]]
+    finite = torch.stack([torch.isfinite(column).flatten(1).all(1) for column in columns]).all(0).tolist()
+    return finite[::-1].index(True) if True in finite else len(finite)
