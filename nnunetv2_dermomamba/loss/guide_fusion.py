@@ -100,6 +100,21 @@ def _pool_batch(sums: list[torch.Tensor], mean_guide: torch.Tensor, ddp: bool) -
     return *sums, guide_sum / images
 
 
+def _counts(
+    pixels: torch.Tensor | int, images: int, device: torch.device, ddp: bool
+) -> tuple[torch.Tensor | int, torch.Tensor | int]:
+    """What sums over pixels and over images are divided by to get means; under DDP the mean of all processes' counts.
+
+    Processes may hold different numbers of images and of ignored pixels. A process's sum divided by the mean count
+    becomes, averaged over the processes as DDP averages gradients, the mean over the joint batch.
+    """
+    if not ddp:
+        return (pixels if isinstance(pixels, int) else pixels.clamp_min(1)), images
+    counts = torch.stack([torch.as_tensor(count, device=device) for count in (pixels, images)])
+    torch.distributed.all_reduce(counts)
+    return (counts.clamp_min(1) / torch.distributed.get_world_size()).unbind()
+
+
 def guide_fusion_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -135,7 +150,8 @@ def guide_fusion_loss(
     there is an ignore label). If all is ignored the loss is 0.
 
     With ``batch_dice`` the sums in Dice run over the batch, under DDP over all processes, and :math:`\bar A` is its
-    mean over those images, as nnU-Net's own Dice pools them.
+    mean over those images, as nnU-Net's own Dice pools them. Under DDP the mean of the processes' losses is the loss of
+    the joint batch, and the gradients that DDP averages are its gradients.
 
     Half-precision logits are taken to float32; no operation here is one that autocast would run in half precision.
 
@@ -147,7 +163,7 @@ def guide_fusion_loss(
         regions: sigmoid per channel instead of a softmax over the channels.
         ignore_label: nnU-Net's ignore label, or None. With ``regions`` only its presence matters.
         batch_dice: one Dice per class over the batch instead of one per image and class.
-        ddp: gather the sums of ``batch_dice`` from all processes; needs an initialised process group.
+        ddp: this is one of several processes' shares of a batch; needs an initialised process group.
         smooth: s, added to numerator and denominator of Dice (nnU-Net's value).
 
     Returns:
@@ -174,10 +190,9 @@ def guide_fusion_loss(
     if weight is not None:
         cross_entropy = cross_entropy * (weight if regions else weight.mean(1, keepdim=True))
         probability = probability * weight
-    if valid is None:
-        cross_entropy = cross_entropy.mean()
-    else:
-        cross_entropy = cross_entropy.sum() / (valid.sum().clamp_min(1) * cross_entropy.shape[1])
+    pixels = cross_entropy[:, 0].numel() if valid is None else valid.sum()
+    pixel_count, image_count = _counts(pixels, len(logits), logits.device, ddp)
+    cross_entropy = cross_entropy.sum() / (pixel_count * cross_entropy.shape[1])
 
     intersection = (probability * one_hot).sum((2, 3))
     predicted = probability.sum((2, 3))
@@ -187,7 +202,10 @@ def guide_fusion_loss(
             [intersection, predicted, labelled], mean_guide, ddp
         )
     dice = (2 * intersection + smooth) / (predicted + labelled + smooth).clamp_min(1e-8)
-    return GuideFusionParts(cross_entropy, ((1 - dice) * mean_guide).mean())
+    attention_dice = (1 - dice) * mean_guide
+    if batch_dice:
+        return GuideFusionParts(cross_entropy, attention_dice.mean())
+    return GuideFusionParts(cross_entropy, attention_dice.mean(1).sum() / image_count)
 
 
 class GuideFusionLoss(nn.Module):

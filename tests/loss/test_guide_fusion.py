@@ -345,21 +345,23 @@ def test_bad_input(logits, target, options, message):
 
 
 def _process(rank: int, rendezvous: str) -> None:
-    """Three images on one process, two on the other, against all five."""
+    """Three images on one process, two on the other, against all five: the mean of the losses, and the gradients."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     here = slice(0, 3) if rank == 0 else slice(3, 5)
-    for attention in ("scalar", "pixel"):
-        options = {"attention": attention, "ignore_label": IGNORE, "batch_dice": True}
-        logits, target = make_logits(3, batch=5), make_target(3, False, IGNORE, batch=5)
-        expected = guide_fusion_loss(logits, target, **options).attention_dice
-        gradient = torch.autograd.grad(expected, logits)[0][here]
+    for case in CASES:
+        logits = make_logits(3, batch=5)
+        target = make_target(3, case["regions"], case["ignore_label"], batch=5)
+        expected = torch.stack(guide_fusion_loss(logits, target, **case))
+        gradient = torch.autograd.grad(expected.sum(), logits)[0][here]
         local = logits.detach()[here].requires_grad_()
-        result = guide_fusion_loss(local, target[here], ddp=True, **options).attention_dice
-        # DDP averages over the processes what nnU-Net's gather has summed.
-        local_gradient = torch.autograd.grad(result, local)[0] / 2
-        assert expected > 0
-        assert relative_error(result, expected.detach()) <= FORWARD[torch.float64]
+        result = torch.stack(guide_fusion_loss(local, target[here], ddp=True, **case))
+        local_gradient = torch.autograd.grad(result.sum(), local)[0] / 2  # DDP averages over the processes
+        mean = result.detach()
+        torch.distributed.all_reduce(mean)
+        for part in (0, 1):
+            assert expected[part] > 0
+            assert relative_error(mean[part] / 2, expected[part].detach()) <= FORWARD[torch.float64]
         assert relative_error(local_gradient, gradient) <= GRADIENT[torch.float64]
     torch.distributed.destroy_process_group()
 
