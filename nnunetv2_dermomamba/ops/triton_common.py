@@ -3,13 +3,13 @@
 
 A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side, a
 sub-block of ``SUB`` positions of each at a time. In bulk it first writes the rows that the walk needs (step size
-``delta``, ``w = delta x``, B and C, a row a position) to a small scratch of its own, which stays in cache, and then
-walks the ``SUB`` steps with the states of its segments and channels in registers. The reason for the scratch: Triton
-cannot index a tile by a run-time position.
+``delta``, ``w = delta x``, B and C, time fastest) to a small scratch of its own, which stays in cache, and then
+walks the ``SUB`` steps, unrolled, with the states in registers.
 
-A walk's tile is ``[LX, R, N]``: ``LX`` runs over (segment, channel group) and fills the warps together with ``N``, and
-the ``R`` channels of a group are held by one thread, so that sums over channels (for dB and dC) mostly need no
-exchange between threads.
+A walk's tile is ``[LANES, R, NN]``. ``LANES`` runs over (segment, group of ``R`` channels, state modulo ``NP / NN``)
+and fills the warps exactly; the ``R`` channels and ``NN`` states of a lane are one thread's. Rows are loaded as
+``[LANES, R or NN, 4]``, four steps a load of 16 bytes. That last axis is one thread's too, so ``pick`` takes a step
+out of it at no cost, no step waits for memory and nothing passes between threads but the sums over states and channels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = 64  # T, positions between two chunk summaries
-SUB = 16  # positions whose rows are in the scratch at once, and between two saved states; divides CHUNK
-BACKWARD_REGISTERS = 168  # a thread: 12 warps a processor
+SUB = 16  # positions whose rows are in the scratch at once; divides CHUNK
+FORWARD_REGISTERS = 128  # a thread: 16 warps a processor
+BACKWARD_REGISTERS = 255  # 8 warps a processor: the backward walk holds HOLD states and decays of every channel
 MAX_BLOCK = 128  # channels of one program
 
 
@@ -38,16 +39,25 @@ class Tile:
     DP: int  # channels, padded to a power of two
     NP: int  # states, padded likewise
     R: int
+    NN: int
     S: int
     T: int
     SUB: int
-    UNROLL: int  # steps whose states the backward walk holds in registers; divides SUB
-    forward_registers: int
-    num_warps: int
+    HOLD: int  # positions between two saved states, whose states the backward walk holds in registers; divides SUB
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a program."""
+        return self.S * (self.DP // self.R) * (self.NP // self.NN)
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return max(1, self.lanes // 32)
 
     @property
     def P(self) -> int:
-        """Rows of a program's scratch."""
+        """Positions of a program's scratch."""
         return self.S * self.SUB
 
     @property
@@ -56,44 +66,35 @@ class Tile:
         return self.S * self.T
 
     @property
-    def G(self) -> int:
-        """Partial sums over channels that the backward walk leaves per position: one for each warp."""
-        return max(1, self.DP // self.R // 8)
-
-    @property
     def forward_scratch(self) -> int:
         """Floats of a program's rows in the summary and forward kernels: delta, w (later y), B and C."""
         return self.P * (2 * self.DP + 2 * self.NP)
 
     @property
     def backward_scratch(self) -> int:
-        """The same of the backward kernels: dy, checkpoints and partial dB and dC besides."""
-        partial = self.P * self.G * 2 * self.NP if self.G > 1 else 0
-        return self.forward_scratch + self.P * self.DP + self.SUB // self.UNROLL * self.S * self.DP * self.NP + partial
+        """The same of the backward kernels: dy besides, and dB and dC, a partial sum of each for every warp."""
+        partial = max(1, self.DP // self.R // 8)
+        return self.P * (3 * self.DP + 2 * self.NP + partial * 2 * self.NP)
+
+    @property
+    def saved_states(self) -> tuple[int, int]:
+        """Shape of the states that a work item saves: (points in time, states of all its lanes)."""
+        return self.T // self.HOLD, self.S * self.DP * self.NP
 
     def constants(self) -> dict[str, int]:
         """Keyword arguments of the kernels."""
-        return {
-            "DP": self.DP,
-            "NP": self.NP,
-            "R": self.R,
-            "S": self.S,
-            "T": self.T,
-            "SUB": self.SUB,
-            "num_warps": self.num_warps,
-        }
+        names = ("DP", "NP", "R", "NN", "S", "T", "SUB", "HOLD", "num_warps")
+        return {name: getattr(self, name) for name in names}
 
 
-def tile_for(channels: int, state: int) -> Tile:
-    """Tile for one block of ``channels`` (at most ``MAX_BLOCK``)."""
+def tile_for(channels: int, state: int, length: int) -> Tile:
+    """Tile for one block of ``channels`` (at most ``MAX_BLOCK``) of sequences of ``length``."""
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
-    # Measured on an H200 (docs/selective_scan.md): few channels want more, smaller programs.
-    run, unroll, registers = (2, 4, 128) if padded <= 64 else (4, 2, 168)
-    run = min(run, padded)
-    groups = padded // run
-    segments = max(1, 8 // groups)
-    threads = segments * groups * max(1, states // 4)
-    return Tile(padded, states, run, segments, CHUNK, SUB, unroll, registers, max(1, min(16, threads // 32)))
+    run, held = min(4 if padded > 64 else 2, padded), min(4, states)
+    segments = max(2, 32 // (padded // run * (states // held)))
+    chunk = CHUNK if length > 64 * CHUNK else max(SUB, CHUNK // 2)  # short sequences want more programs
+    hold = min(SUB, 8 if run * held <= 8 else 4)
+    return Tile(padded, states, run, held, segments, chunk, SUB, hold)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -141,138 +142,195 @@ def softplus_slope(delta):
 
 
 @triton.jit
-def walk_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
-    """Channel ``[LX, R]``, segment ``[LX]`` and state ``[NP]`` of the walk's tile."""
-    lx = tl.arange(0, S * (DP // R))
-    r = tl.arange(0, R)
-    channel = (lx % (DP // R))[:, None] + r[None, :] * (DP // R)
-    return channel, lx // (DP // R), tl.arange(0, NP)
+def walk_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr):
+    """Segment ``[LANES, 1, 1]``, channel ``[LANES, R, 1]`` and state ``[LANES, 1, NN]`` of the walk's tile."""
+    NL: tl.constexpr = NP // NN
+    lane = tl.arange(0, S * (DP // R) * NL)
+    channel = (lane // NL % (DP // R))[:, None, None] * R + tl.arange(0, R)[None, :, None]
+    n = tl.arange(0, NN)[None, None, :] * NL + (lane % NL)[:, None, None]
+    return (lane // NL // (DP // R))[:, None, None], channel, n
+
+
+@triton.jit
+def saved_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr):
+    """Where a lane's states lie among a work item's saved ones: adjacent lanes side by side."""
+    LANES: tl.constexpr = S * (DP // R) * (NP // NN)
+    held = tl.arange(0, R)[None, :, None] * NN + tl.arange(0, NN)[None, None, :]
+    return tl.arange(0, LANES)[:, None, None] + held * LANES
 
 
 @triton.jit
 def load_decay(A_ptr, channel, n, d, N):
-    """``A log2(e)`` as ``[LX, R, NP]``; 0 (no decay) where padded."""
-    mask = (channel < d)[:, :, None] & (n < N)[None, None, :]
-    return tl.load(A_ptr + channel[:, :, None] * N + n[None, None, :], mask=mask, other=0.0) * LOG2E
+    """``A log2(e)`` as ``[LANES, R, NN]``; 0 (no decay) where padded."""
+    return tl.load(A_ptr + channel * N + n, mask=(channel < d) & (n < N), other=0.0) * LOG2E
+
+
+@triton.jit
+def _exp2(x):
+    """The hardware's own: results below the smallest normal number are 0, which spares the code that scales them."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _pick(steps, i: tl.constexpr):
+    """Step ``i`` of ``[LANES, X, Y, 4]``, by a sum of integers: those that are known to be 0 vanish in compilation."""
+    here = tl.arange(0, 4)[None, None, None, :] == i
+    return tl.sum(tl.where(here, steps.to(tl.int32, bitcast=True), 0), axis=3).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pack(a, b, c, d):
+    """Four steps of ``[X, Y]`` as ``[X, Y, 4]``."""
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], a.shape[1], 4)
+
+
+@triton.jit
+def _rows(segment, index, per_segment: tl.constexpr, SUB: tl.constexpr):
+    """Offsets ``[LANES, ..., 4]`` of the first four steps of each lane's rows."""
+    return ((segment * per_segment + index) * SUB)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+
+
+@triton.jit
+def _output_rows(DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
+    """Offsets ``[S DP / R, R, 4]`` of the first four steps of each channel's rows."""
+    group = tl.arange(0, S * (DP // R))
+    return (group[:, None, None] * R + tl.arange(0, R)[None, :, None]) * SUB + tl.arange(0, 4)[None, None, :]
 
 
 @triton.jit
 def walk_summary(
-    delta_ptr, v_ptr, m_ptr, h, total, A2, channel, segment, n,
-    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, T: tl.constexpr
+    delta_ptr, v_ptr, m_ptr, h, total, A2, segment, channel, n,
+    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
-    """Carry a segment's state and the sum of its steps over ``T`` rows.
+    """Carry a segment's state and the sum of its steps over ``SUB`` positions.
 
     Forward: ``h = a h + w B``. ADJOINT, from the last position to the first: ``g = a (g + dy C)``.
     ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
     """
-    row = segment * T
-    if ADJOINT:
-        row += T - 1
-    delta = tl.load(delta_ptr + row[:, None] * DP + channel)
-    v = tl.load(v_ptr + row[:, None] * DP + channel)
-    m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
-    for i in range(T):
-        row = segment * T + (tl.maximum(T - 2 - i, 0) if ADJOINT else tl.minimum(i + 1, T - 1))
-        next_delta = tl.load(delta_ptr + row[:, None] * DP + channel)
-        next_v = tl.load(v_ptr + row[:, None] * DP + channel)
-        next_m = tl.load(m_ptr + row[:, None] * (2 * NP) + n[None, :])
-        a = tl.exp2(delta[:, :, None] * A2)
-        if ADJOINT:  # noqa: SIM108
-            h = (h + v[:, :, None] * m[:, None, :]) * a
-        else:
-            h = h * a + v[:, :, None] * m[:, None, :]
-        total += delta
-        delta, v, m = next_delta, next_v, next_m
+    row = _rows(segment, channel, DP, SUB)
+    m_row = _rows(segment, n, NP, SUB)
+    WAY: tl.constexpr = -1 if ADJOINT else 1
+    BEGIN: tl.constexpr = SUB - 4 if ADJOINT else 0
+    STEP: tl.constexpr = 3 if ADJOINT else 0
+    for at in tl.static_range(BEGIN, SUB - 4 - BEGIN + 4 * WAY, 4 * WAY):
+        delta = tl.load(delta_ptr + row + at)
+        v = tl.load(v_ptr + row + at)
+        m = tl.load(m_ptr + m_row + at)
+        for i in tl.static_range(STEP, 3 - STEP + WAY, WAY):
+            step = _pick(delta, i)
+            a = _exp2(step * A2)
+            if ADJOINT:  # noqa: SIM108
+                h = (h + _pick(v, i) * _pick(m, i)) * a
+            else:
+                h = h * a + _pick(v, i) * _pick(m, i)
+            total += step
     return h, total
 
 
 @triton.jit
 def walk_output(
-    delta_ptr, w_ptr, bc_ptr, h, A2, channel, segment, n, DP: tl.constexpr, NP: tl.constexpr, T: tl.constexpr
-):
-    """``y = <C, h>`` of every position, written over w. Each step loads the next one's rows ahead of its store."""
-    row = segment * T
-    delta = tl.load(delta_ptr + row[:, None] * DP + channel)
-    w = tl.load(w_ptr + row[:, None] * DP + channel)
-    b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
-    c = tl.load(bc_ptr + NP + row[:, None] * (2 * NP) + n[None, :])
-    for i in range(T):
-        following = segment * T + tl.minimum(i + 1, T - 1)
-        next_delta = tl.load(delta_ptr + following[:, None] * DP + channel)
-        next_w = tl.load(w_ptr + following[:, None] * DP + channel)
-        next_b = tl.load(bc_ptr + following[:, None] * (2 * NP) + n[None, :])
-        next_c = tl.load(bc_ptr + NP + following[:, None] * (2 * NP) + n[None, :])
-        h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
-        tl.store(w_ptr + (segment * T + i)[:, None] * DP + channel, tl.sum(h * c[:, None, :], axis=2))
-        delta, w, b, c = next_delta, next_w, next_b, next_c
+    delta_ptr, w_ptr, bc_ptr, saved_ptr, h, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    SUB: tl.constexpr, HOLD: tl.constexpr
+):  # fmt: skip
+    """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
+    row = _rows(segment, channel, DP, SUB)
+    bc_row = _rows(segment, n, 2 * NP, SUB)
+    y_row = _output_rows(DP, R, S, SUB)
+    for k in tl.static_range(SUB // 4):
+        if k * 4 % HOLD == 0:
+            tl.store(saved_ptr + k * 4 // HOLD * (S * DP * NP) + saved, h)
+        delta = tl.load(delta_ptr + row + k * 4)
+        w = tl.load(w_ptr + row + k * 4)
+        b = tl.load(bc_ptr + bc_row + k * 4)
+        c = tl.load(bc_ptr + NP * SUB + bc_row + k * 4)
+        ys = ()
+        for i in tl.static_range(4):
+            h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
+            ys = ys + (tl.sum(h * _pick(c, i), axis=2),)  # noqa: RUF005  (kernels know no starred tuples)
+        y = _pack(ys[0], ys[1], ys[2], ys[3]).reshape(S * (DP // R), NP // NN, R, 4)
+        tl.store(w_ptr + y_row + k * 4, tl.sum(y, axis=1))
     return h
 
 
 @triton.jit
 def walk_back(
-    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, checkpoint_ptr, h, g, dA, A2, channel, segment, n,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr
+    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, saved_ptr, g, dA, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    SUB: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
-    """Gradients of every position, from start states ``h`` and the adjoints ``g`` that enter at the segments' ends.
+    """Gradients of every position, from the saved states and the adjoints ``g`` that enter at the segments' ends.
 
-    Writes ``sum_n g B`` over w, ``sum_n (g a h_before) A`` over dy and the partial sums over channels of dB and dC to
-    ``dbc_ptr``; returns the adjoints that leave and the gradient of A, added to ``dA``. The decays
-    never divide, so underflow is harmless.
+    Writes ``sum_n g B`` over w, ``sum_n (g a h_before) A`` over dy and the sums over up to 8 groups of channels of dB
+    and dC, as rows of (segment, 8 groups, B and C), to ``dbc_ptr``; returns the adjoints that leave and the gradient of
+    A, added to ``dA``. The decays never divide, so underflow is harmless.
     """
-    GROUPS: tl.constexpr = DP // R
-    E: tl.constexpr = GROUPS if GROUPS < 8 else 8
-    part = tl.arange(0, S * GROUPS // E)
-    part_segment = part // (GROUPS // E)
-    part_group = part % (GROUPS // E)
-    state = ((segment[:, None] * DP + channel) * NP)[:, :, None] + n[None, None, :]
-    row = segment * T
-    for block in range(T // UNROLL):
-        tl.store(checkpoint_ptr + block * (S * DP * NP) + state, h)
-        for _ in tl.static_range(UNROLL):
-            delta = tl.load(delta_ptr + row[:, None] * DP + channel)
-            w = tl.load(w_ptr + row[:, None] * DP + channel)
-            b = tl.load(bc_ptr + row[:, None] * (2 * NP) + n[None, :])
-            h = h * tl.exp2(delta[:, :, None] * A2) + w[:, :, None] * b[:, None, :]
-            row += 1
-    tl.debug_barrier()
-    for reverse in range(T // UNROLL):
-        block = T // UNROLL - 1 - reverse
-        h = tl.load(checkpoint_ptr + block * (S * DP * NP) + state)
-        row = segment * T + block * UNROLL
+    NL: tl.constexpr = NP // NN
+    G: tl.constexpr = DP // R
+    E: tl.constexpr = G if G < 8 else 8
+    PARTS: tl.constexpr = S * (G // E)
+    row = _rows(segment, channel, DP, SUB)
+    bc_row = _rows(segment, n, 2 * NP, SUB)
+    out_row = _output_rows(DP, R, S, SUB)
+    part = tl.arange(0, PARTS * NL)
+    dbc_row = (part // NL * (2 * NP) + part % NL)[:, None, None] + (tl.arange(0, NN) * NL)[None, :, None]
+    dbc_row = dbc_row * SUB + tl.arange(0, 4)[None, None, :]
+    for back in range(SUB // HOLD):
+        first = SUB - HOLD - back * HOLD
+        h = tl.load(saved_ptr + first // HOLD * (S * DP * NP) + saved)
         hs = (h,)
-        decays = ()
-        for i in tl.static_range(UNROLL):
-            delta = tl.load(delta_ptr + (row + i)[:, None] * DP + channel)
-            w = tl.load(w_ptr + (row + i)[:, None] * DP + channel)
-            b = tl.load(bc_ptr + (row + i)[:, None] * (2 * NP) + n[None, :])
-            a = tl.exp2(delta[:, :, None] * A2)
-            h = h * a + w[:, :, None] * b[:, None, :]
-            hs = hs + (h,)  # noqa: RUF005  (kernels know no starred tuples)
-            decays = decays + (a,)  # noqa: RUF005
-        for i in tl.static_range(UNROLL - 1, -1, -1):
-            here = row + i
-            delta = tl.load(delta_ptr + here[:, None] * DP + channel)
-            w = tl.load(w_ptr + here[:, None] * DP + channel)
-            dy = tl.load(dy_ptr + here[:, None] * DP + channel)
-            b = tl.load(bc_ptr + here[:, None] * (2 * NP) + n[None, :])
-            c = tl.load(bc_ptr + NP + here[:, None] * (2 * NP) + n[None, :])
-            g += dy[:, :, None] * c[:, None, :]
-            dc = tl.sum(dy[:, :, None] * hs[i + 1], axis=1)
-            db = tl.sum(w[:, :, None] * g, axis=1)
-            by_input = tl.sum(g * b[:, None, :], axis=2)
-            g *= decays[i]
-            q = g * hs[i]
-            dA += q * delta[:, :, None]
-            by_decay = tl.sum(q * A2, axis=2) * LN2
-            tl.store(w_ptr + here[:, None] * DP + channel, by_input)
-            tl.store(dy_ptr + here[:, None] * DP + channel, by_decay)
-            out = ((part_segment * T + block * UNROLL + i) * (GROUPS // E) + part_group) * (2 * NP)
-            db = tl.sum(tl.reshape(db, [S * GROUPS // E, E, NP]), axis=1)
-            dc = tl.sum(tl.reshape(dc, [S * GROUPS // E, E, NP]), axis=1)
-            tl.store(dbc_ptr + out[:, None] + n[None, :], db)
-            tl.store(dbc_ptr + NP + out[:, None] + n[None, :], dc)
+        deltas = ()
+        ws = ()
+        bs = ()
+        for k in tl.static_range(HOLD // 4):
+            delta = tl.load(delta_ptr + row + first + k * 4)
+            w = tl.load(w_ptr + row + first + k * 4)
+            b = tl.load(bc_ptr + bc_row + first + k * 4)
+            deltas = deltas + (delta,)  # noqa: RUF005
+            ws = ws + (w,)  # noqa: RUF005
+            bs = bs + (b,)  # noqa: RUF005
+            for i in tl.static_range(4):
+                h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
+                hs = hs + (h,)  # noqa: RUF005
+        for k in tl.static_range(HOLD // 4 - 1, -1, -1):
+            dy = tl.load(dy_ptr + row + first + k * 4)
+            c = tl.load(bc_ptr + NP * SUB + bc_row + first + k * 4)
+            by_input = ()
+            by_decay = ()
+            dbs = ()
+            dcs = ()
+            for i in tl.static_range(3, -1, -1):
+                step = _pick(deltas[k], i)
+                dy_i = _pick(dy, i)
+                g += dy_i * _pick(c, i)
+                dcs = (tl.sum(dy_i * hs[k * 4 + i + 1], axis=1),) + dcs  # noqa: RUF005
+                dbs = (tl.sum(_pick(ws[k], i) * g, axis=1),) + dbs  # noqa: RUF005
+                by_input = (tl.sum(g * _pick(bs[k], i), axis=2),) + by_input  # noqa: RUF005
+                g *= _exp2(step * A2)
+                q = g * hs[k * 4 + i]
+                dA += q * step
+                by_decay = (tl.sum(q * A2, axis=2),) + by_decay  # noqa: RUF005
+            by_input = _pack(by_input[0], by_input[1], by_input[2], by_input[3]).reshape(S * G, NL, R, 4)
+            by_decay = _pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]).reshape(S * G, NL, R, 4)
+            db = tl.sum(_pack(dbs[0], dbs[1], dbs[2], dbs[3]).reshape(PARTS, E, NL, NN, 4), axis=1)
+            dc = tl.sum(_pack(dcs[0], dcs[1], dcs[2], dcs[3]).reshape(PARTS, E, NL, NN, 4), axis=1)
+            tl.store(w_ptr + out_row + first + k * 4, tl.sum(by_input, axis=1))
+            tl.store(dy_ptr + out_row + first + k * 4, tl.sum(by_decay, axis=1) * LN2)
+            tl.store(dbc_ptr + dbc_row + first + k * 4, db.reshape(PARTS * NL, NN, 4))
+            tl.store(dbc_ptr + NP * SUB + dbc_row + first + k * 4, dc.reshape(PARTS * NL, NN, 4))
     return g, dA
+
+
+@triton.jit
+def sum_over_segments(dA, DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr):
+    """The walk's ``[LANES, R, NN]`` summed over segments, ``[DP / R, NP / NN, R, NN]``; its channels and states."""
+    G: tl.constexpr = DP // R
+    NL: tl.constexpr = NP // NN
+    channel = (tl.arange(0, G)[:, None] * R + tl.arange(0, R)[None, :])[:, None, :, None]
+    n = (tl.arange(0, NL)[:, None] + tl.arange(0, NN)[None, :] * NL)[None, :, None, :]
+    return tl.sum(tl.reshape(dA, [S, G, NL, R, NN]), axis=0), channel, n
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of the 1D selective scan, mamba-ssm's op: three forward launches, three backward.
 
-Each tensor is read once per launch in its own layout (position fastest) and transposed into the walk's rows on the way.
+Each tensor is read once per launch in its own layout, time fastest, which is also that of the walk's rows.
 See ``triton_common`` for the walk, ``docs/selective_scan.md`` for the floor and the measured times.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
+    FORWARD_REGISTERS,
     MAX_BLOCK,
     Tile,
     ceil_div,
@@ -21,8 +22,10 @@ from nnunetv2_dermomamba.ops.triton_common import (
     combine,
     launch,
     load_decay,
+    saved_index,
     softplus,
     softplus_slope,
+    sum_over_segments,
     tile_for,
     walk_back,
     walk_index,
@@ -41,220 +44,226 @@ def _item(item, programs_per_row, blocks, group_dim, DP: tl.constexpr):
 
 
 @triton.jit
-def _load_delta(delta_ptr, bias_ptr, base, c, position, channel, mask, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
-    delta = tl.load(delta_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
+def _sub_block(q, j, rows: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr):
+    """Of ``S rows`` rows, a segment's together: the index within the segment, and positions ``[S rows, SUB]``."""
+    row = tl.arange(0, S * rows)
+    position = (q * (S * T) + j * SUB + row // rows * T)[:, None] + tl.arange(0, SUB)[None, :]
+    return row % rows, position
+
+
+@triton.jit
+def _load_delta(delta_ptr, bias_ptr, channel, at, mask, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    delta = tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        delta += tl.load(bias_ptr + channel, mask=c, other=0.0)[:, None]
+        delta += tl.load(bias_ptr + channel)[:, None]
     if SOFTPLUS:
         delta = softplus(delta)
     return tl.where(mask, delta, 0.0)
 
 
 @triton.jit
-def _copy_rows(source_ptr, row_ptr, base, length, N, position, P: tl.constexpr, NP: tl.constexpr):
-    """B or C of ``P`` positions, (N, length) in memory, to rows."""
-    p = tl.arange(0, P)
-    n = tl.arange(0, NP)
-    mask = (n < N)[:, None] & (position < length)[None, :]
-    tile = tl.load(source_ptr + base + n.to(tl.int64)[:, None] * length + position[None, :], mask=mask, other=0.0)
-    tl.store(row_ptr + p[:, None] * (2 * NP) + n[None, :], tl.trans(tile.to(tl.float32)))
+def _copy_states(
+    source_ptr, row_ptr, base, length, N, q, j,
+    per_segment: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr
+):  # fmt: skip
+    """B or C of a sub-block, (N, length) in memory, to its rows of the scratch."""
+    n, position = _sub_block(q, j, NP, S, T, SUB)
+    mask = (n < N)[:, None] & (position < length)
+    tile = tl.load(source_ptr + base + n.to(tl.int64)[:, None] * length + position, mask=mask, other=0.0)
+    row = tl.arange(0, S * NP) // NP * per_segment + n
+    tl.store(row_ptr + row[:, None] * SUB + tl.arange(0, SUB)[None, :], tile.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
 def summary_kernel(
     v_ptr, delta_ptr, A_ptr, M_ptr, bias_ptr, state_ptr, total_ptr, scratch_ptr,
     items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
     """Summary of every chunk, stored where its successor (ADJOINT: predecessor) will read it."""
     P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     v_row = delta_row + P * DP
     m_row = v_row + P * DP
-    p = tl.arange(0, P)
-    cc = tl.arange(0, DP)
-    channel, segment, n = walk_index(DP, NP, R, S)
+    cell = tl.arange(0, S * DP)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    segment, channel, n = walk_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         q, _, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
         batch = (row // groups).to(tl.int64)
         first += (row % groups) * group_dim
-        c = cc < d
-        base = (batch * dim + first + cc)[:, None] * length
         A2 = load_decay(A_ptr + first * N, channel, n, d, N)
         state = tl.zeros_like(A2)
         total = channel * 0.0
-        for j in range(T // SUB):
-            at_p = q * (S * T) + p // SUB * T + p % SUB + (T // SUB - 1 - j if ADJOINT else j) * SUB
-            mask = c[:, None] & (at_p < length)[None, :]
-            position = at_p[None, :]
-            delta = _load_delta(delta_ptr, bias_ptr, base, c, position, first + cc, mask, HAS_BIAS, SOFTPLUS)
-            v = tl.load(v_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
+        for step in range(T // SUB):
+            j = T // SUB - 1 - step if ADJOINT else step
+            c, position = _sub_block(q, j, DP, S, T, SUB)
+            mask = (c < d)[:, None] & (position < length)
+            at = (batch * dim + first + c)[:, None] * length + position
+            delta = _load_delta(delta_ptr, bias_ptr, first + tl.minimum(c, d - 1), at, mask, HAS_BIAS, SOFTPLUS)
+            v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
             if not ADJOINT:
                 v *= delta
-            tl.store(delta_row + p[:, None] * DP + cc[None, :], tl.trans(delta))
-            tl.store(v_row + p[:, None] * DP + cc[None, :], tl.trans(v))
-            _copy_rows(M_ptr, m_row, row.to(tl.int64) * N * length, length, N, at_p, P, NP)
+            tl.store(delta_row + cell, delta)
+            tl.store(v_row + cell, v)
+            _copy_states(M_ptr, m_row, row.to(tl.int64) * N * length, length, N, q, j, NP, NP, S, T, SUB)
             tl.debug_barrier()
             state, total = walk_summary(
-                delta_row, v_row, m_row, state, total, A2, channel, segment, n, ADJOINT, DP, NP, SUB
+                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, SUB
             )
             tl.debug_barrier()
         chunk = q * S + segment + (-1 if ADJOINT else 1)
-        inside = (chunk >= 0) & (chunk < chunks)
-        at = (batch * chunks + chunk)[:, None] * dim + first + channel
-        keep = inside[:, None] & (channel < d)
-        tl.store(total_ptr + at, total, mask=keep)
-        tl.store(
-            state_ptr + at[:, :, None] * N + n[None, None, :], state, mask=keep[:, :, None] & (n < N)[None, None, :]
-        )
+        keep = (chunk >= 0) & (chunk < chunks) & (channel < d)
+        entry = (batch * chunks + chunk) * dim + first + channel
+        tl.store(total_ptr + entry, total, mask=keep)
+        tl.store(state_ptr + entry * N + n, state, mask=keep & (n < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
 def forward_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, start_ptr, state_ptr, y_ptr, scratch_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, start_ptr, saved_ptr, y_ptr, scratch_ptr,
     items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
     """``y`` from the states that enter the chunks."""
     P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     w_row = delta_row + P * DP
     bc_row = w_row + P * DP
-    p = tl.arange(0, P)
-    cc = tl.arange(0, DP)
-    channel, segment, n = walk_index(DP, NP, R, S)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        q, _, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
-        batch = (row // groups).to(tl.int64)
-        first += (row % groups) * group_dim
-        c = cc < d
-        base = (batch * dim + first + cc)[:, None] * length
-        A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-        chunk = batch * chunks + q * S + segment
-        at = (chunk[:, None] * dim + first + channel)[:, :, None] * N + n[None, None, :]
-        h = tl.load(start_ptr + at, mask=keep, other=0.0)
-        for j in range(T // SUB):
-            at = ((chunk * (T // SUB) + j)[:, None] * dim + first + channel)[:, :, None] * N + n[None, None, :]
-            tl.store(state_ptr + at, h, mask=keep)
-            at_p = q * (S * T) + p // SUB * T + p % SUB + j * SUB
-            mask = c[:, None] & (at_p < length)[None, :]
-            position = at_p[None, :]
-            delta = _load_delta(delta_ptr, bias_ptr, base, c, position, first + cc, mask, HAS_BIAS, SOFTPLUS)
-            u = tl.load(u_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
-            tl.store(delta_row + p[:, None] * DP + cc[None, :], tl.trans(delta))
-            tl.store(w_row + p[:, None] * DP + cc[None, :], tl.trans(delta * u))
-            _copy_rows(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, at_p, P, NP)
-            _copy_rows(C_ptr, bc_row + NP, row.to(tl.int64) * N * length, length, N, at_p, P, NP)
-            tl.debug_barrier()
-            h = walk_output(delta_row, w_row, bc_row, h, A2, channel, segment, n, DP, NP, SUB)
-            tl.debug_barrier()
-            y = tl.trans(tl.load(w_row + p[:, None] * DP + cc[None, :]))
-            if HAS_D:
-                y += tl.load(D_ptr + first + cc, mask=c, other=0.0)[:, None] * u
-            tl.store(y_ptr + base + position, y, mask=mask)
-            tl.debug_barrier()
-
-
-@triton.jit
-def backward_kernel(
-    dy_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, adjoint_ptr,
-    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, scratch_ptr,
-    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
-    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
-    UNROLL: tl.constexpr
-):  # fmt: skip
-    """Gradients from the states and adjoints that enter the chunks.
-
-    Those of A, D and the bias are partial, one row a (batch, position block); those of B and C one a block of channels.
-    """
-    P: tl.constexpr = S * SUB
-    G: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    slot: tl.constexpr = P * (3 * DP + 2 * NP + (G * 2 * NP if G > 1 else 0)) + (SUB // UNROLL) * S * DP * NP
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * slot
-    w_row = delta_row + P * DP
-    dy_row = w_row + P * DP
-    bc_row = dy_row + P * DP
-    checkpoint = bc_row + P * 2 * NP
-    dbc_row = checkpoint + (SUB // UNROLL) * S * DP * NP if G > 1 else bc_row
-    p = tl.arange(0, P)
-    cc = tl.arange(0, DP)
-    nn = tl.arange(0, NP)
-    channel, segment, n = walk_index(DP, NP, R, S)
+    cell = tl.arange(0, S * DP)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    segment, channel, n = walk_index(DP, NP, R, NN, S)
+    saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         q, block, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
         batch = (row // groups).to(tl.int64)
         first += (row % groups) * group_dim
-        c = cc < d
-        base = (batch * dim + first + cc)[:, None] * length
+        place = (row.to(tl.int64) * blocks + block) * programs_per_row + q
         A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-        chunk = batch * chunks + q * S + segment
-        at = (chunk[:, None] * dim + first + channel)[:, :, None] * N + n[None, None, :]
-        g = tl.load(adjoint_ptr + at, mask=keep, other=0.0)
+        entry = (batch * chunks + q * S + segment) * dim + first + channel
+        h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+        for j in range(T // SUB):
+            c, position = _sub_block(q, j, DP, S, T, SUB)
+            mask = (c < d)[:, None] & (position < length)
+            at = (batch * dim + first + c)[:, None] * length + position
+            delta = _load_delta(delta_ptr, bias_ptr, first + tl.minimum(c, d - 1), at, mask, HAS_BIAS, SOFTPLUS)
+            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(delta_row + cell, delta)
+            tl.store(w_row + cell, delta * u)
+            _copy_states(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB)
+            _copy_states(
+                C_ptr, bc_row + NP * SUB, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
+            )
+            tl.debug_barrier()
+            save = saved_ptr + (place * (T // HOLD) + j * (SUB // HOLD)) * (S * DP * NP)
+            h = walk_output(
+                delta_row, w_row, bc_row, save, h, A2, segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD
+            )
+            tl.debug_barrier()
+            y = tl.load(w_row + cell)
+            if HAS_D:
+                y += tl.load(D_ptr + first + c, mask=c < d, other=0.0)[:, None] * u
+            tl.store(y_ptr + at, y, mask=mask)
+            tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
+def backward_kernel(
+    dy_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, saved_ptr, adjoint_ptr,
+    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, scratch_ptr,
+    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
+):  # fmt: skip
+    """Gradients from the saved states and the adjoints that enter the chunks.
+
+    Those of A, D and the bias are partial, one row a (batch, position block); those of B and C one a block of channels.
+    """
+    P: tl.constexpr = S * SUB
+    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 2 * NP + PARTS * 2 * NP))
+    w_row = delta_row + P * DP
+    dy_row = w_row + P * DP
+    bc_row = dy_row + P * DP
+    dbc_row = bc_row + P * 2 * NP
+    cell = tl.arange(0, S * DP)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    segment, channel, n = walk_index(DP, NP, R, NN, S)
+    saved = saved_index(DP, NP, R, NN, S)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        q, block, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
+        batch = (row // groups).to(tl.int64)
+        first += (row % groups) * group_dim
+        place = (row.to(tl.int64) * blocks + block) * programs_per_row + q
+        A2 = load_decay(A_ptr + first * N, channel, n, d, N)
+        entry = (batch * chunks + q * S + segment) * dim + first + channel
+        g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
         dA = tl.zeros_like(A2)
-        dD = tl.zeros([DP], tl.float32)
-        dbias = tl.zeros([DP], tl.float32)
+        dD = tl.zeros([S * DP], tl.float32)
+        dbias = tl.zeros([S * DP], tl.float32)
         for back in range(T // SUB):
             j = T // SUB - 1 - back
-            at_p = q * (S * T) + p // SUB * T + p % SUB + j * SUB
-            inside = at_p < length
-            mask = c[:, None] & inside[None, :]
-            position = at_p[None, :]
-            delta = _load_delta(delta_ptr, bias_ptr, base, c, position, first + cc, mask, HAS_BIAS, SOFTPLUS)
-            u = tl.load(u_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
-            tl.store(delta_row + p[:, None] * DP + cc[None, :], tl.trans(delta))
-            tl.store(w_row + p[:, None] * DP + cc[None, :], tl.trans(delta * u))
-            tl.store(dy_row + p[:, None] * DP + cc[None, :], tl.trans(dy))
-            _copy_rows(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, at_p, P, NP)
-            _copy_rows(C_ptr, bc_row + NP, row.to(tl.int64) * N * length, length, N, at_p, P, NP)
+            c, position = _sub_block(q, j, DP, S, T, SUB)
+            mask = (c < d)[:, None] & (position < length)
+            at = (batch * dim + first + c)[:, None] * length + position
+            delta = _load_delta(delta_ptr, bias_ptr, first + tl.minimum(c, d - 1), at, mask, HAS_BIAS, SOFTPLUS)
+            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(delta_row + cell, delta)
+            tl.store(w_row + cell, delta * u)
+            tl.store(dy_row + cell, dy)
+            _copy_states(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB)
+            _copy_states(
+                C_ptr, bc_row + NP * SUB, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
+            )
             tl.debug_barrier()
-            at = ((chunk * (T // SUB) + j)[:, None] * dim + first + channel)[:, :, None] * N + n[None, None, :]
-            h = tl.load(state_ptr + at, mask=keep, other=0.0)
+            save = saved_ptr + (place * (T // HOLD) + j * (SUB // HOLD)) * (S * DP * NP)
             g, dA = walk_back(
-                delta_row, w_row, bc_row, dy_row, dbc_row, checkpoint, h, g, dA, A2, channel, segment, n,
-                DP, NP, R, S, SUB, UNROLL
+                delta_row, w_row, bc_row, dy_row, dbc_row, save, g, dA, A2, segment, channel, n, saved,
+                DP, NP, R, NN, S, SUB, HOLD
             )  # fmt: skip
             tl.debug_barrier()
-            delta = tl.trans(tl.load(delta_row + p[:, None] * DP + cc[None, :]))
-            by_input = tl.trans(tl.load(w_row + p[:, None] * DP + cc[None, :]))
-            by_decay = tl.trans(tl.load(dy_row + p[:, None] * DP + cc[None, :]))
-            u = tl.load(u_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
+            delta = tl.load(delta_row + cell)
+            by_input = tl.load(w_row + cell)
+            by_decay = tl.load(dy_row + cell)
+            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
             du = delta * by_input
             if HAS_D:
-                dy = tl.load(dy_ptr + base + position, mask=mask, other=0.0).to(tl.float32)
-                du += tl.load(D_ptr + first + cc, mask=c, other=0.0)[:, None] * dy
+                dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                du += tl.load(D_ptr + first + c, mask=c < d, other=0.0)[:, None] * dy
                 dD += tl.sum(dy * u, axis=1)
             ddelta = u * by_input + by_decay
             if SOFTPLUS:
                 ddelta *= softplus_slope(delta)
-            dbias += tl.sum(tl.where(mask, ddelta, 0.0), axis=1)
-            tl.store(du_ptr + base + position, du, mask=mask)
-            tl.store(ddelta_ptr + base + position, ddelta, mask=mask)
-            db = tl.zeros([P, NP], tl.float32)
-            dc = tl.zeros([P, NP], tl.float32)
-            for i in tl.static_range(G):
-                db += tl.load(dbc_row + (p * G + i)[:, None] * (2 * NP) + nn[None, :])
-                dc += tl.load(dbc_row + NP + (p * G + i)[:, None] * (2 * NP) + nn[None, :])
+            if HAS_BIAS:
+                dbias += tl.sum(tl.where(mask, ddelta, 0.0), axis=1)
+            tl.store(du_ptr + at, du, mask=mask)
+            tl.store(ddelta_ptr + at, ddelta, mask=mask)
+            m, bc_position = _sub_block(q, j, NP, S, T, SUB)
+            part_row = (tl.arange(0, S * NP) // NP * (PARTS * 2 * NP) + m)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+            db = tl.zeros([S * NP, SUB], tl.float32)
+            dc = tl.zeros([S * NP, SUB], tl.float32)
+            for i in tl.static_range(PARTS):
+                db += tl.load(dbc_row + i * (2 * NP * SUB) + part_row)
+                dc += tl.load(dbc_row + (i * 2 + 1) * (NP * SUB) + part_row)
             sequences = (items // programs_per_row // blocks).to(tl.int64)
-            bc_at = ((block * sequences + row) * N + nn)[:, None] * length + position
-            bc_keep = (nn < N)[:, None] & inside[None, :]
-            tl.store(dB_ptr + bc_at, tl.trans(db), mask=bc_keep)
-            tl.store(dC_ptr + bc_at, tl.trans(dc), mask=bc_keep)
+            bc_at = ((block * sequences + row) * N + m)[:, None] * length + bc_position
+            bc_mask = (m < N)[:, None] & (bc_position < length)
+            tl.store(dB_ptr + bc_at, db, mask=bc_mask)
+            tl.store(dC_ptr + bc_at, dc, mask=bc_mask)
             tl.debug_barrier()
         part = batch * programs_per_row + q
-        dA = tl.sum(tl.reshape(dA, [S, DP // R, R, NP]), axis=0)
-        head = tl.arange(0, DP // R)[:, None] + tl.arange(0, R)[None, :] * (DP // R)
-        dA_at = (part * dim + first + head)[:, :, None] * N + n[None, None, :]
-        tl.store(dA_ptr + dA_at, dA, mask=(head < d)[:, :, None] & (n < N)[None, None, :])
+        dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
+        tl.store(dA_ptr + (part * dim + first + head) * N + state, dA, mask=(head < d) & (state < N))
+        head = tl.arange(0, DP)
         if HAS_D:
-            tl.store(dD_ptr + part * dim + first + cc, dD, mask=c)
+            dD = tl.sum(tl.reshape(dD, [S, DP]), axis=0)
+            tl.store(dD_ptr + part * dim + first + head, dD, mask=head < d)
         if HAS_BIAS:
-            tl.store(dbias_ptr + part * dim + first + cc, dbias, mask=c)
+            dbias = tl.sum(tl.reshape(dbias, [S, DP]), axis=0)
+            tl.store(dbias_ptr + part * dim + first + head, dbias, mask=head < d)
 
 
 class _Plan:
@@ -262,7 +271,7 @@ class _Plan:
 
     def __init__(self, batch: int, dim: int, length: int, groups: int, state: int) -> None:
         self.group_dim = dim // groups
-        self.tile: Tile = tile_for(min(self.group_dim, MAX_BLOCK), state)
+        self.tile: Tile = tile_for(min(self.group_dim, MAX_BLOCK), state, length)
         self.blocks = ceil_div(self.group_dim, self.tile.DP)
         self.per_row = ceil_div(length, self.tile.span)
         self.chunks = chunk_count(length, self.tile)
@@ -276,10 +285,10 @@ def _plan(u: Tensor, B: Tensor) -> _Plan:
 
 
 def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
-    """Shape of the saved states of ``scan_1d_forward``: (batch, sub-blocks of the chunks, dim, state)."""
+    """Shape of the saved states of ``scan_1d_forward``: (work items, points in time, states)."""
     batch, dim, length = u.shape
     plan = _Plan(batch, dim, length, groups, state)
-    return [batch, plan.chunks * plan.tile.T // plan.tile.SUB, dim, state]
+    return [plan.items, *plan.tile.saved_states]
 
 
 def _summaries(
@@ -292,7 +301,7 @@ def _summaries(
         return A.new_zeros(shape)
     state = A.new_empty(shape)
     total = A.new_empty(shape[:3])
-    scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, tile.forward_registers)
+    scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, FORWARD_REGISTERS)
     summary_kernel[grid](
         v, delta, A, M, bias, state, total, scratch, *plan.sizes,
         HAS_BIAS=bias is not None, SOFTPLUS=softplus, ADJOINT=adjoint, **tile.constants(), **options
@@ -324,14 +333,14 @@ def scan_1d_forward(
         delta_softplus: whether ``softplus`` follows the bias.
 
     Returns:
-        y (batch, dim, length) in float32, and the states that enter the chunks (``states_shape_1d``).
+        y (batch, dim, length) in float32, and the states saved for the backward pass (``states_shape_1d``).
     """
     plan, tile = _plan(u, B), _plan(u, B).tile
     y = torch.empty_like(u, dtype=torch.float32)
     with torch.cuda.device_of(u):
         starts = _summaries(u, delta, A, B, delta_bias, delta_softplus, False)
         states = A.new_empty(states_shape_1d(u, A.shape[1], B.shape[1]))
-        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, tile.forward_registers)
+        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, FORWARD_REGISTERS)
         forward_kernel[grid](
             u, delta, A, B, C, D, delta_bias, starts, states, y, scratch, *plan.sizes,
             HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **tile.constants(), **options
@@ -370,8 +379,7 @@ def scan_1d_backward(
         backward_kernel[grid](
             dy, u, delta, A, B, C, D, delta_bias, states, adjoints,
             du, ddelta, dA, dB, dC, dD, dbias, scratch, *plan.sizes,
-            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, UNROLL=tile.UNROLL,
-            **tile.constants(), **options
+            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **tile.constants(), **options
         )  # fmt: skip
         missing = A.new_zeros(1, dim)
     dB, dC = (m[0] if plan.blocks == 1 else m.sum(0) for m in (dB, dC))

@@ -18,14 +18,17 @@ from torch import Tensor
 from nnunetv2_dermomamba.ops.composed import cross_merge, cross_scan
 from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
+    FORWARD_REGISTERS,
     MAX_BLOCK,
     ceil_div,
     chunk_count,
     combine,
     launch,
     load_decay,
+    saved_index,
     softplus,
     softplus_slope,
+    sum_over_segments,
     tile_for,
     walk_back,
     walk_index,
@@ -34,21 +37,32 @@ from nnunetv2_dermomamba.ops.triton_common import (
 )
 from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_forward, states_shape_1d
 
+SMALL = 2**22
+"""Below this many positions a float32 quotient, rounded down, is exact."""
+
 
 @triton.jit
 def _positions(
-    q, start, length, padded, height, width, column, reverse,
-    S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr
+    q, j, length, padded, height, width, column, reverse,
+    S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
-    """Map positions of ``ROWS`` rows in a direction's own order, and which of them exist.
-
-    ``q`` counts sub-blocks: (position block) * (T / SUB) + (sub-block of its chunks).
-    """
-    r = start + tl.arange(0, ROWS)
-    step = q // (T // SUB) * (S * T) + r // SUB * T + q % (T // SUB) * SUB + r % SUB
+    """Map positions of a sub-block's ``S SUB`` rows in a direction's own order, and which of them exist."""
+    r = tl.arange(0, S * SUB)
+    step = q * (S * T) + j * SUB + r // SUB * T + r % SUB
     path = tl.where(reverse > 0, padded - 1 - step, step)
-    across = (path % height) * width + path // height
-    return tl.where(column > 0, across, path), path < length
+    if IS_SMALL:  # noqa: SIM108
+        across = ((path.to(tl.float32) + 0.5) * (1.0 / height)).to(tl.int32)
+    else:
+        across = path // height
+    transposed = (path - across * height) * width + across
+    return tl.where(column > 0, transposed, path), path < length
+
+
+@triton.jit
+def _cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
+    """Offsets in the scratch of a sub-block's rows, ``[S SUB, columns]``."""
+    r = tl.arange(0, S * SUB)
+    return ((r // SUB)[:, None] * per_segment + col[None, :]) * SUB + (r % SUB)[:, None]
 
 
 @triton.jit
@@ -62,180 +76,164 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _load_map(ptr, position, valid, col, d):
+def _load_map(ptr, position, valid, col, d: tl.constexpr):
     mask = valid[:, None] & (col < d)[None, :]
     return tl.load(ptr + position[:, None] * d + col[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _project(
-    x_ptr, weight_ptr, bias_ptr, delta_row, w_row, bc_row, q, length, padded, height, width, column, reverse, d,
-    DP: tl.constexpr, NP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr,
-    S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr
+    x_ptr, weight_ptr, m_weight_ptr, bias_ptr, delta_row, w_row, m_row, position, valid,
+    d: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr,
+    S: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
-    """Rows of delta, w = delta x, B and C of one position block."""
-    cb = tl.arange(0, CB)
-    m = tl.arange(0, 2 * NP)
-    for start in range(0, S * SUB, ROWS):
-        position, valid = _positions(q, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS)
-        r = start + tl.arange(0, ROWS)
-        for c in range(0, KD, CB):
-            col = c + cb
-            acc = tl.zeros([ROWS, CB], tl.float32)
-            for k in range(0, KD, CB):
-                weight = tl.load(weight_ptr + col[None, :] * KD + (k + cb)[:, None])
-                acc = _dot(_load_map(x_ptr, position, valid, k + cb, d), weight, acc)
-            mask = valid[:, None] & (col < d)[None, :]
-            acc += tl.load(bias_ptr + col, mask=col < d, other=0.0)[None, :]
-            delta = tl.where(mask, softplus(acc), 0.0)
-            at = r[:, None] * DP + col[None, :]
-            tl.store(delta_row + at, delta, mask=(col < DP)[None, :])
-            tl.store(w_row + at, delta * _load_map(x_ptr, position, valid, col, d), mask=(col < DP)[None, :])
-        acc = tl.zeros([ROWS, 2 * NP], tl.float32)
-        for k in range(0, KD, CB):
-            weight = tl.load(weight_ptr + (KD + m)[None, :] * KD + (k + cb)[:, None])
-            acc = _dot(_load_map(x_ptr, position, valid, k + cb, d), weight, acc)
-        tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], acc)
+    """Rows of delta and w = delta x, and of the ``MP`` projections that ``m_weight_ptr`` holds, of one sub-block."""
+    kb = tl.arange(0, CB)
+    k = tl.arange(0, KD)
+    m = tl.arange(0, MP)
+    raw = tl.zeros([S * SUB, KD], tl.float32)
+    projected = tl.zeros([S * SUB, MP], tl.float32)
+    for start in range(0, KD, CB):
+        col = start + kb
+        x = _load_map(x_ptr, position, valid, col, d)
+        raw = _dot(x, tl.load(weight_ptr + k[None, :] * KD + col[:, None]), raw)
+        projected = _dot(x, tl.load(m_weight_ptr + m[None, :] * KD + col[:, None]), projected)
+    raw += tl.load(bias_ptr + k, mask=k < d, other=0.0)[None, :]
+    delta = tl.where(valid[:, None] & (k < d)[None, :], softplus(raw), 0.0)
+    cell = _cells(k, DP, S, SUB)
+    tl.store(delta_row + cell, delta, mask=(k < DP)[None, :])
+    tl.store(w_row + cell, delta * _load_map(x_ptr, position, valid, k, d), mask=(k < DP)[None, :])
+    tl.store(m_row + _cells(m, MP, S, SUB), projected)
 
 
-@triton.jit
+UNSPECIALIZED = ["items", "length", "padded", "height", "width", "per_map", "chunks", "column"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def summary_2d_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, A_ptr, state_ptr, total_ptr, scratch_ptr,
-    items, length, padded, height, width, d, per_map, chunks, N: tl.constexpr, ADJOINT: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
-    KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr
+    items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
+    KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """Summary of every chunk of all four directions, stored where its successor (ADJOINT: predecessor) will read it."""
     P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     v_row = delta_row + P * DP
-    bc_row = v_row + P * DP
-    channel, segment, n = walk_index(DP, NP, R, S)
+    m_row = v_row + P * DP
+    col = tl.arange(0, DP)
+    segment, channel, n = walk_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         direction = item % 4
         q = item // 4 % per_map
         batch = (item // 4 // per_map).to(tl.int64)
-        column = direction % 2
-        reverse = direction // 2
-        x_map = x_ptr + batch * length * d
+        weight = weight_ptr + direction * (KD + 2 * NP) * KD
+        m_weight = weight + (KD + NP if ADJOINT else KD) * KD
         A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-        m_row = bc_row + NP if ADJOINT else bc_row
         state = tl.zeros_like(A2)
         total = channel * 0.0
-        for j in range(T // SUB):
-            sub = q * (T // SUB) + (T // SUB - 1 - j if ADJOINT else j)
+        for step in range(T // SUB):
+            j = T // SUB - 1 - step if ADJOINT else step
+            position, valid = _positions(
+                q, j, length, padded, height, width, direction % 2, direction // 2, S, T, SUB, IS_SMALL
+            )
             _project(
-                x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d, delta_row, v_row, bc_row,
-                sub, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, S, T, SUB, ROWS
+                x_ptr + batch * length * d, weight, m_weight, bias_ptr + direction * d, delta_row, v_row, m_row,
+                position, valid, d, DP, NP, KD, CB, S, SUB
             )  # fmt: skip
             if ADJOINT:
                 tl.debug_barrier()
-                _copy_map(
-                    dy_ptr + batch * length * d, v_row,
-                    sub, length, padded, height, width, column, reverse, d, DP, S, T, SUB, ROWS
-                )  # fmt: skip
+                dy = _load_map(dy_ptr + batch * length * d, position, valid, col, d)
+                tl.store(v_row + _cells(col, DP, S, SUB), dy)
             tl.debug_barrier()
             state, total = walk_summary(
-                delta_row, v_row, m_row, state, total, A2, channel, segment, n, ADJOINT, DP, NP, SUB
+                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, SUB
             )
             tl.debug_barrier()
         chunk = q * S + segment + (-1 if ADJOINT else 1)
-        keep = ((chunk >= 0) & (chunk < chunks))[:, None] & (channel < d)
-        at = ((batch * 4 + direction) * chunks + chunk)[:, None] * d + channel
+        keep = (chunk >= 0) & (chunk < chunks) & (channel < d)
+        at = ((batch * 4 + direction) * chunks + chunk) * d + channel
         tl.store(total_ptr + at, total, mask=keep)
-        tl.store(
-            state_ptr + at[:, :, None] * N + n[None, None, :], state, mask=keep[:, :, None] & (n < N)[None, None, :]
-        )
+        tl.store(state_ptr + at * N + n, state, mask=keep & (n < N))
 
 
-@triton.jit
-def _copy_map(
-    source_ptr, row, q, length, padded, height, width, column, reverse, d,
-    DP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """One position block of a map to rows, in the direction's order."""
-    cc = tl.arange(0, DP)
-    for start in range(0, S * SUB, ROWS):
-        position, valid = _positions(q, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS)
-        r = start + tl.arange(0, ROWS)
-        tl.store(row + r[:, None] * DP + cc[None, :], _load_map(source_ptr, position, valid, cc, d))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_2d_kernel(
-    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, state_ptr, y_ptr, scratch_ptr,
-    items, length, padded, height, width, d, per_map, chunks, column, N: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
-    KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr
+    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, saved_ptr, y_ptr, scratch_ptr,
+    items, length, padded, height, width, per_map, chunks, column, d: tl.constexpr, N: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
+    KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """One path and its reverse: ``y`` from the states that enter the chunks; the second path (column) adds to ``y``."""
     P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     w_row = delta_row + P * DP
     bc_row = w_row + P * DP
-    cc = tl.arange(0, DP)
-    channel, segment, n = walk_index(DP, NP, R, S)
+    col = tl.arange(0, DP)
+    segment, channel, n = walk_index(DP, NP, R, NN, S)
+    saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         batch = (item // per_map).to(tl.int64)
         x_map = x_ptr + batch * length * d
         y_map = y_ptr + batch * length * d
         for reverse in range(2):
             direction = column + 2 * reverse
+            weight = weight_ptr + direction * (KD + 2 * NP) * KD
             q = item % per_map
             q = tl.where(reverse > 0, per_map - 1 - q, q)
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-            keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-            skip = tl.load(D_ptr + direction * d + cc, mask=cc < d, other=0.0)
-            chunk = (batch * 4 + direction) * chunks + q * S + segment
-            at = (chunk[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
-            h = tl.load(start_ptr + at, mask=keep, other=0.0)
+            skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
+            entry = ((batch * 4 + direction) * chunks + q * S + segment) * d + channel
+            h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+            save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
             for j in range(T // SUB):
-                sub = q * (T // SUB) + j
-                at = ((chunk * (T // SUB) + j)[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
-                tl.store(state_ptr + at, h, mask=keep)
+                position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
                 _project(
-                    x_map, weight_ptr + direction * (KD + 2 * NP) * KD, bias_ptr + direction * d,
-                    delta_row, w_row, bc_row,
-                    sub, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, S, T, SUB, ROWS
+                    x_map, weight, weight + KD * KD, bias_ptr + direction * d, delta_row, w_row, bc_row,
+                    position, valid, d, DP, 2 * NP, KD, CB, S, SUB
                 )  # fmt: skip
                 tl.debug_barrier()
-                h = walk_output(delta_row, w_row, bc_row, h, A2, channel, segment, n, DP, NP, SUB)
+                h = walk_output(
+                    delta_row, w_row, bc_row, save + j * (SUB // HOLD) * (S * DP * NP), h, A2, segment, channel, n,
+                    saved, DP, NP, R, NN, S, SUB, HOLD
+                )  # fmt: skip
                 tl.debug_barrier()
-                for start in range(0, S * SUB, ROWS):
-                    position, valid = _positions(
-                        sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
-                    )
-                    r = start + tl.arange(0, ROWS)
-                    y = tl.load(w_row + r[:, None] * DP + cc[None, :])
-                    y += skip[None, :] * _load_map(x_map, position, valid, cc, d)
-                    target = y_map + position[:, None] * d + cc[None, :]
-                    mask = valid[:, None] & (cc < d)[None, :]
-                    y += tl.load(target, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
-                    tl.store(target, y, mask=mask)
+                y = tl.load(w_row + _cells(col, DP, S, SUB))
+                y += skip[None, :] * _load_map(x_map, position, valid, col, d)
+                target = y_map + position[:, None] * d + col[None, :]
+                mask = valid[:, None] & (col < d)[None, :]
+                y += tl.load(target, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                tl.store(target, y, mask=mask)
                 tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_2d_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, adjoint_ptr,
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, saved_ptr, adjoint_ptr,
     dx_ptr, dweight_ptr, dbias_ptr, dA_ptr, dD_ptr, scratch_ptr,
-    items, length, padded, height, width, d, per_map, chunks, column, N: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
-    KD: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr
+    items, length, padded, height, width, per_map, chunks, column, d: tl.constexpr, N: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
+    KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """One path and its reverse: adds to ``dx``, and to the program's own partial sums of the parameters' gradients."""
     P: tl.constexpr = S * SUB
-    G: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    slot: tl.constexpr = P * (3 * DP + 2 * NP + (G * 2 * NP if G > 1 else 0)) + (SUB // UNROLL) * S * DP * NP
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * slot
+    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 2 * NP + PARTS * 2 * NP))
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
-    checkpoint = bc_row + P * 2 * NP
-    dbc_row = checkpoint + (SUB // UNROLL) * S * DP * NP if G > 1 else bc_row
-    cb = tl.arange(0, CB)
+    dbc_row = bc_row + P * 2 * NP
+    kb = tl.arange(0, CB)
+    col = tl.arange(0, DP)
     m = tl.arange(0, 2 * NP)
-    channel, segment, n = walk_index(DP, NP, R, S)
+    k = tl.arange(0, KD)
+    cell = _cells(col, DP, S, SUB)
+    bc_cell = _cells(m, 2 * NP, S, SUB)
+    segment, channel, n = walk_index(DP, NP, R, NN, S)
+    saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         batch = (item // per_map).to(tl.int64)
         x_map = x_ptr + batch * length * d
@@ -245,135 +243,97 @@ def backward_2d_kernel(
             direction = column + 2 * reverse
             part = tl.program_id(0).to(tl.int64) * 2 + reverse
             weight = weight_ptr + direction * (KD + 2 * NP) * KD
+            dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
             q = item % per_map
             q = tl.where(reverse > 0, per_map - 1 - q, q)
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-            keep = (channel < d)[:, :, None] & (n < N)[None, None, :]
-            chunk = (batch * 4 + direction) * chunks + q * S + segment
-            entry = (chunk[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
-            g = tl.load(adjoint_ptr + entry, mask=keep, other=0.0)
+            skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
+            entry = ((batch * 4 + direction) * chunks + q * S + segment) * d + channel
+            g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+            save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
             dA = tl.zeros_like(A2)
+            dbias = tl.zeros([DP], tl.float32)
+            dD = tl.zeros([DP], tl.float32)
             for back in range(T // SUB):
                 j = T // SUB - 1 - back
-                sub = q * (T // SUB) + j
+                position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
                 _project(
-                    x_map, weight, bias_ptr + direction * d, delta_row, w_row, bc_row,
-                    sub, length, padded, height, width, column, reverse, d, DP, NP, KD, CB, S, T, SUB, ROWS
+                    x_map, weight, weight + KD * KD, bias_ptr + direction * d, delta_row, w_row, bc_row,
+                    position, valid, d, DP, 2 * NP, KD, CB, S, SUB
                 )  # fmt: skip
-                _copy_map(dy_map, dy_row, sub, length, padded, height, width, column, reverse, d, DP, S, T, SUB, ROWS)
+                tl.store(dy_row + cell, _load_map(dy_map, position, valid, col, d))
                 tl.debug_barrier()
-                entry = ((chunk * (T // SUB) + j)[:, None] * d + channel)[:, :, None] * N + n[None, None, :]
-                h = tl.load(state_ptr + entry, mask=keep, other=0.0)
                 g, dA = walk_back(
-                    delta_row, w_row, bc_row, dy_row, dbc_row, checkpoint, h, g, dA, A2, channel, segment, n,
-                    DP, NP, R, S, SUB, UNROLL
+                    delta_row, w_row, bc_row, dy_row, dbc_row, save + j * (SUB // HOLD) * (S * DP * NP), g, dA, A2,
+                    segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD
                 )  # fmt: skip
                 tl.debug_barrier()
 
                 # Gradients of the pre-activations over w, those of x that bypass the projections over dy.
-                for c in range(0, DP, CB):
-                    col = c + cb
-                    skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
-                    dbias = tl.zeros([CB], tl.float32)
-                    dD = tl.zeros([CB], tl.float32)
-                    for start in range(0, S * SUB, ROWS):
-                        position, valid = _positions(
-                            sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
-                        )
-                        cell = (start + tl.arange(0, ROWS))[:, None] * DP + col[None, :]
-                        mask = valid[:, None] & (col < DP)[None, :]
-                        delta = tl.load(delta_row + cell, mask=mask, other=0.0)
-                        by_input = tl.load(w_row + cell, mask=mask, other=0.0)
-                        by_decay = tl.load(dy_row + cell, mask=mask, other=0.0)
-                        x = _load_map(x_map, position, valid, col, d)
-                        dy = _load_map(dy_map, position, valid, col, d)
-                        ddelta = (x * by_input + by_decay) * softplus_slope(delta)
-                        dbias += tl.sum(ddelta, axis=0)
-                        dD += tl.sum(dy * x, axis=0)
-                        tl.store(w_row + cell, ddelta, mask=(col < DP)[None, :])
-                        tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy, mask=(col < DP)[None, :])
-                    total_at = part * DP + col
-                    tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at, mask=col < DP) + dbias, mask=col < DP)
-                    tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at, mask=col < DP) + dD, mask=col < DP)
-                if G > 1:
-                    for start in range(0, S * SUB, ROWS):
-                        r = start + tl.arange(0, ROWS)
-                        total = tl.zeros([ROWS, 2 * NP], tl.float32)
-                        for i in tl.static_range(G):
-                            total += tl.load(dbc_row + (r * G + i)[:, None] * (2 * NP) + m[None, :])
-                        tl.store(bc_row + r[:, None] * (2 * NP) + m[None, :], total)
+                delta = tl.load(delta_row + cell)
+                by_input = tl.load(w_row + cell)
+                by_decay = tl.load(dy_row + cell)
+                x = _load_map(x_map, position, valid, col, d)
+                dy = _load_map(dy_map, position, valid, col, d)
+                ddelta = tl.where(valid[:, None], (x * by_input + by_decay) * softplus_slope(delta), 0.0)
+                dbias += tl.sum(ddelta, axis=0)
+                dD += tl.sum(dy * x, axis=0)
+                tl.store(w_row + cell, ddelta)
+                tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy)
+                dbc = tl.zeros([P, 2 * NP], tl.float32)
+                for i in tl.static_range(PARTS):
+                    dbc += tl.load(dbc_row + i * (2 * NP * SUB) + _cells(m, PARTS * 2 * NP, S, SUB))
+                tl.store(bc_row + bc_cell, dbc)
                 tl.debug_barrier()
 
-                for start in range(0, S * SUB, ROWS):
-                    position, valid = _positions(
-                        sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
-                    )
-                    r = start + tl.arange(0, ROWS)
-                    dbc = tl.load(bc_row + r[:, None] * (2 * NP) + m[None, :])
-                    for c in range(0, DP, CB):
-                        col = c + cb
-                        acc = tl.load(dy_row + r[:, None] * DP + col[None, :], mask=(col < DP)[None, :], other=0.0)
-                        for k in range(0, DP, CB):
-                            kk = k + cb
-                            ddelta = tl.load(w_row + r[:, None] * DP + kk[None, :], mask=(kk < DP)[None, :], other=0.0)
-                            acc = _dot(ddelta, tl.load(weight + kk[:, None] * KD + col[None, :]), acc)
-                        acc = _dot(dbc, tl.load(weight + (KD + m)[:, None] * KD + col[None, :]), acc)
-                        dx_at = dx_map + position[:, None] * d + col[None, :]
-                        mask = valid[:, None] & (col < d)[None, :]
-                        acc += tl.load(dx_at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
-                        tl.store(dx_at, acc, mask=mask)
+                for start in range(0, KD, CB):
+                    c = start + kb
+                    acc = tl.load(dy_row + _cells(c, DP, S, SUB), mask=(c < DP)[None, :], other=0.0)
+                    for low in range(0, KD, CB):
+                        kk = low + kb
+                        block = tl.load(w_row + _cells(kk, DP, S, SUB), mask=(kk < DP)[None, :], other=0.0)
+                        acc = _dot(block, tl.load(weight + kk[:, None] * KD + c[None, :]), acc)
+                    acc = _dot(tl.load(bc_row + bc_cell), tl.load(weight + (KD + m)[:, None] * KD + c[None, :]), acc)
+                    dx_at = dx_map + position[:, None] * d + c[None, :]
+                    mask = valid[:, None] & (c < d)[None, :]
+                    acc += tl.load(dx_at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                    tl.store(dx_at, acc, mask=mask)
 
-                dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
-                for c in range(0, DP, CB):
-                    col = c + cb
-                    for k in range(0, DP, CB):
-                        kk = k + cb
-                        dw_at = dweight + kk[:, None] * KD + col[None, :]
-                        acc = tl.load(dw_at)
-                        for start in range(0, S * SUB, ROWS):
-                            position, valid = _positions(
-                                sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
-                            )
-                            r = start + tl.arange(0, ROWS)
-                            ddelta = tl.load(w_row + r[None, :] * DP + kk[:, None], mask=(kk < DP)[:, None], other=0.0)
-                            acc = _dot(ddelta, _load_map(x_map, position, valid, col, d), acc)
-                        tl.store(dw_at, acc)
-                    dw_at = dweight + (KD + m)[:, None] * KD + col[None, :]
-                    acc = tl.load(dw_at)
-                    for start in range(0, S * SUB, ROWS):
-                        position, valid = _positions(
-                            sub, start, length, padded, height, width, column, reverse, S, T, SUB, ROWS
-                        )
-                        r = start + tl.arange(0, ROWS)
-                        dbc = tl.load(bc_row + r[None, :] * (2 * NP) + m[:, None])
-                        acc = _dot(dbc, _load_map(x_map, position, valid, col, d), acc)
-                    tl.store(dw_at, acc)
+                    x_block = _load_map(x_map, position, valid, c, d)
+                    dw_at = dweight + k[:, None] * KD + c[None, :]
+                    turned = tl.load(w_row + tl.trans(_cells(k, DP, S, SUB)), mask=(k < DP)[:, None], other=0.0)
+                    tl.store(dw_at, _dot(turned, x_block, tl.load(dw_at)))
+                    dm_at = dweight + (KD + m)[:, None] * KD + c[None, :]
+                    tl.store(dm_at, _dot(tl.load(bc_row + tl.trans(bc_cell)), x_block, tl.load(dm_at)))
                 tl.debug_barrier()
-            dA = tl.sum(tl.reshape(dA, [S, DP // R, R, NP]), axis=0)
-            head = tl.arange(0, DP // R)[:, None] + tl.arange(0, R)[None, :] * (DP // R)
-            dA_at = dA_ptr + (part * DP + head)[:, :, None] * NP + n[None, None, :]
+            dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
+            dA_at = dA_ptr + (part * DP + head) * NP + state
             tl.store(dA_at, tl.load(dA_at) + dA)
+            total_at = part * DP + col
+            tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at) + dbias)
+            tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at) + dD)
 
 
 class _Plan:
     """Sizes and constants of one call."""
 
     def __init__(self, batch: int, height: int, width: int, channels: int, state: int) -> None:
-        self.tile = tile_for(channels, state)
         self.length = height * width
+        self.tile = tile_for(channels, max(16, state), self.length)  # a tl.dot wants 16 rows of B or C
         self.per_map = ceil_div(self.length, self.tile.span)
         self.chunks = chunk_count(self.length, self.tile)
         self.items = batch * self.per_map
         padded = self.per_map * self.tile.span
-        self.sizes = (self.length, padded, height, width, channels, self.per_map, self.chunks)
+        self.sizes = (self.length, padded, height, width, self.per_map, self.chunks)
         self.KD = max(16, self.tile.DP)
         self.rows = self.KD + 2 * self.tile.NP
         self.constants = {
             **self.tile.constants(),
+            "d": channels,
             "N": state,
             "KD": self.KD,
             "CB": min(32, self.KD),
-            "ROWS": min(16, self.tile.P),
+            "IS_SMALL": padded < SMALL,
         }
 
 
@@ -383,12 +343,12 @@ def _plan(x: Tensor, A: Tensor) -> _Plan:
 
 
 def states_shape_2d(x: Tensor, state: int) -> list[int]:
-    """Shape of ``states``: (batch, 4, sub-blocks, channels, state); as the 1D scan's beyond ``MAX_BLOCK`` channels."""
+    """Shape of ``states``: (batch, 4, work items of a map, points in time, states); the 1D scan's for wide maps."""
     batch, height, width, d = x.shape
     if d > MAX_BLOCK:
         return states_shape_1d(x.new_empty(batch, 4 * d, height * width), state, 4)
     plan = _Plan(batch, height, width, d, state)
-    return [batch, 4, plan.chunks * plan.tile.T // plan.tile.SUB, d, state]
+    return [batch, 4, plan.per_map, *plan.tile.saved_states]
 
 
 def _fold(plan: _Plan, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> Tensor:
@@ -407,7 +367,7 @@ def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor,
         return A.new_zeros(shape)
     state, total = A.new_empty(shape), A.new_empty(shape[:4])
     tile, items = plan.tile, 4 * plan.items
-    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
+    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, FORWARD_REGISTERS)
     summary_2d_kernel[grid](
         x, dy, weight, bias, A, state, total, scratch, items, *plan.sizes, ADJOINT=adjoint, **plan.constants, **options
     )
@@ -429,7 +389,7 @@ def scan_2d_forward(
         Ds: (4 d,).
 
     Returns:
-        y (B, H, W, d) in float32, and the states that enter the chunks (``states_shape_2d``).
+        y (B, H, W, d) in float32, and the states saved for the backward pass (``states_shape_2d``).
     """
     if x.shape[3] > MAX_BLOCK:
         return _wide_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
@@ -440,7 +400,7 @@ def scan_2d_forward(
         weight = _fold(plan, x_proj_weight, dt_projs_weight, A.shape[1])
         starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
         states = A.new_empty(states_shape_2d(x, A.shape[1]))
-        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, tile.forward_registers)
+        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, FORWARD_REGISTERS)
         for column in range(2):
             forward_2d_kernel[grid](
                 x,
@@ -492,7 +452,7 @@ def scan_2d_backward(
             parts = [A.new_zeros(grid[0], 2, width) for width in widths]
             backward_2d_kernel[grid](
                 dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
-                plan.items, *plan.sizes, column, UNROLL=tile.UNROLL, **plan.constants, **options
+                plan.items, *plan.sizes, column, **plan.constants, **options
             )  # fmt: skip
             columns.append([part.sum(0) for part in parts])
     # (2 paths, 2 ways) in the order row, row reversed, column, column reversed -> directions row, column, and reversed

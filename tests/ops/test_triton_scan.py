@@ -15,7 +15,7 @@ from nnunetv2_dermomamba.ops import triton_common, triton_scan  # noqa: E402
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed  # noqa: E402
 from nnunetv2_dermomamba.ops.naive import selective_scan_naive  # noqa: E402
 
-T, SUB = (triton_common.CHUNK, triton_common.SUB) if DEVICE.type == "cuda" else (8, 4)
+T, SUB = (triton_common.CHUNK, triton_common.SUB) if DEVICE.type == "cuda" else (16, 8)
 
 
 @pytest.fixture(autouse=True)
