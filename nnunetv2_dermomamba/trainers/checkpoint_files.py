@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def read_checkpoint(path: Path, network: nn.Module) -> dict[str, Any]:
         CheckpointError: it is damaged or foreign; the message is the reason.
     """
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # PyTorch does not look at the checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     except FileNotFoundError as error:
         raise CheckpointError("it does not exist") from error

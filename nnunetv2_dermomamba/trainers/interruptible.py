@@ -138,9 +138,9 @@ class InterruptibleMixin(SafeCheckpointMixin):
     def _close_loaders(self) -> None:
         """End the worker processes, so that none outlives or holds up this one."""
         for loader in (self.dataloader_train, self.dataloader_val):
-            loader = getattr(loader, "source", loader)
-            if hasattr(loader, "_finish"):
-                loader._finish()
+            source: Any = getattr(loader, "source", loader)
+            if hasattr(source, "_finish"):
+                source._finish()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As nnU-Net; SIGTERM and SIGINT end it at once with code 75, and ``--c`` or ``--val`` run it again."""

@@ -1,0 +1,251 @@
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_training
+import torch
+from small_training import SmallTrainer, make, results
+
+from nnunetv2_dermomamba.predict.model import load_checkpoint
+from nnunetv2_dermomamba.trainers import safe_checkpoints
+from nnunetv2_dermomamba.trainers.checkpoint_files import CheckpointError, write_checkpoint
+
+
+class Breaking:
+    """Fails when half of the file is written."""
+
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def log_of(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted(results(folder).glob("training_log*.txt")))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=False)["network_weights"]
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture
+def interrupted(small, monkeypatch):
+    """A run that was saved within epochs 0 and 1, and ended in the latter."""
+
+    def step(self, batch):
+        if (self.current_epoch, self.iteration) in ((0, 5), (1, 2)):
+            self.save_progress()
+        if (self.current_epoch, self.iteration) == (1, 4):
+            raise InterruptedError
+        return original(self, batch)
+
+    original = SmallTrainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(SmallTrainer, "train_step", step)
+        with pytest.raises(InterruptedError):
+            make(small).run_training()
+    (results(small) / "checkpoint_best.pth").unlink()
+    return small
+
+
+def test_earlier_file_outlives_a_failing_write(tmp_path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"step": 1}, path)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint({"weights": torch.zeros(1000), "then": Breaking()}, path)
+    assert torch.load(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_earlier_file_outlives_a_full_disk(tmp_path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"step": 1}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # Python ignores the signal, so writing fails
+    try:
+        with pytest.raises(OSError, match=r"[Tt]oo large|cannot be written"):
+            write_checkpoint({"weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.load(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_training_goes_on_where_a_timely_checkpoint_cannot_be_written(small, monkeypatch) -> None:
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safe_checkpoints, "SAVE_INTERVAL", 0)
+    trainer = make(small)
+    trainer.initialize()
+    trainer.save_progress()
+    before = weights(results(small) / "checkpoint_latest.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        trainer.save_duration = 0
+        trainer.save_progress_if_due()
+        with pytest.raises(OSError, match="No space left"):
+            trainer.save_checkpoint(str(results(small) / "checkpoint_best.pth"))
+    assert "no checkpoint written: [Errno 28] No space left on device" in log_of(small)
+    assert same(weights(results(small) / "checkpoint_latest.pth"), before)
+
+
+def test_one_checkpoint_in_two_minutes_and_at_most_one_percent_of_the_time(small, monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(safe_checkpoints, "time", clock)
+    trainer = make(small)
+    trainer.initialize()
+    saved = []
+
+    def write(duration):
+        def save(checkpoint, path, keep):
+            saved.append(clock.now)
+            clock.now += duration
+
+        return save
+
+    for duration in (0.5, 3.0):
+        monkeypatch.setattr(safe_checkpoints, "write_checkpoint", write(duration))
+        for _ in range(2000):
+            clock.now += 1
+            trainer.save_progress_if_due()
+    gaps = [second - first for first, second in zip(saved, saved[1:], strict=False)]
+    assert set(gaps[:15]) == {120.5}
+    assert gaps[-1] == 303
+    fast = [gap for gap in gaps if gap < 200]
+    assert 0.5 / min(fast) < 0.01
+    assert 3 / 303 < 0.01
+
+
+def test_saved_within_an_epoch_and_read_by_others(interrupted) -> None:
+    path = results(interrupted) / "checkpoint_latest.pth"
+    checkpoint = load_checkpoint(path.read_bytes(), path.name)  # what `dermomamba predict` accepts unasked
+    assert (checkpoint["current_epoch"], checkpoint["iteration"]) == (1, 2)
+    assert len(checkpoint["train_outputs"]["loss"]) == 2
+    assert {len(values) for values in checkpoint["logging"].values()} == {1}
+
+
+def test_resumed_run_ends_as_an_uninterrupted_one(interrupted, monkeypatch, tmp_path) -> None:
+    small_training.train(interrupted, continue_training=True)
+    resumed = torch.load(results(interrupted) / "checkpoint_final.pth", weights_only=False)
+    assert log_of(interrupted).count("Epoch 0\n") == 1
+    assert not list(results(interrupted).glob("*latest*")) + list(results(interrupted).glob("*previous*"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "again"))
+    small_training.train(interrupted, continue_training=False)
+    straight = torch.load(results(tmp_path / "again") / "checkpoint_final.pth", weights_only=False)
+    assert same(resumed["network_weights"], straight["network_weights"])
+    for name in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
+        assert resumed["logging"][name] == straight["logging"][name]
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "other"))
+    monkeypatch.setenv("DERMOMAMBA_SEED", "6")
+    small_training.train(interrupted, continue_training=False)
+    assert not same(weights(results(tmp_path / "other") / "checkpoint_final.pth"), straight["network_weights"])
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    checkpoint = torch.load(path, weights_only=False)
+    path.unlink()  # the kept file is a hard link
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("<html>404</html>")
+    elif how == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    elif how == "list":
+        torch.save([1, 2], path)
+    elif how == "other program":
+        torch.save({"state_dict": {}}, path)
+    elif how == "other network":
+        checkpoint["network_weights"]["encode.0.weight"] = torch.zeros(4, 3, 3, 3)
+        torch.save(checkpoint, path)
+    elif how == "not finite":
+        checkpoint["network_weights"]["encode.0.weight"][0] = torch.nan
+        torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("truncated", "it is damaged"),
+        ("empty", "it is damaged"),
+        ("text", "it is damaged"),
+        ("flipped", "it is damaged"),
+        ("list", "it is no checkpoint of nnU-Net"),
+        ("other program", "it is no checkpoint of nnU-Net"),
+        ("other network", "it is of another network (1 weights differ, such as 'encode.0.weight')"),
+        ("not finite", "its weights are not finite, such as 'encode.0.weight'"),
+    ],
+)
+def test_damaged_checkpoint_is_passed_over(interrupted, how: str, reason: str) -> None:
+    folder = results(interrupted)
+    spoil(folder / "checkpoint_latest.pth", how)
+    trainer = make(interrupted, continue_training=True)
+    small_training.maybe_load_checkpoint(trainer, True, False)
+    assert (trainer.current_epoch, trainer.iteration) == (0, 5)
+    assert same(trainer.network.state_dict(), weights(folder / "checkpoint_previous.pth"))
+    log = log_of(interrupted)
+    assert f"{folder / 'checkpoint_latest.pth'} cannot be used: {reason}" in log
+    assert f"{folder / 'checkpoint_previous.pth'} (epoch 0, iteration 5)" in log
+
+
+def test_the_furthest_good_checkpoint_is_taken(interrupted) -> None:
+    folder = results(interrupted)
+    checkpoint = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
+    torch.save(checkpoint, folder / "checkpoint_best.pth")
+    (folder / "checkpoint_final.pth").write_bytes(b"")
+    spoil(folder / "checkpoint_latest.pth", "truncated")
+    trainer = make(interrupted, continue_training=True)
+    small_training.maybe_load_checkpoint(trainer, True, False)
+    assert (trainer.current_epoch, trainer.iteration) == (1, 2)
+
+
+def test_no_good_checkpoint_is_a_clear_error(interrupted) -> None:
+    for name in ("latest", "previous"):
+        spoil(results(interrupted) / f"checkpoint_{name}.pth", "truncated")
+    trainer = make(interrupted, continue_training=True)
+    with pytest.raises(CheckpointError, match=r"(?s)latest.*previous.*Train again without --c"):
+        small_training.maybe_load_checkpoint(trainer, True, False)
+
+
+def test_validation_takes_no_other_checkpoint_than_asked_for(interrupted) -> None:
+    spoil(results(interrupted) / "checkpoint_latest.pth", "truncated")
+    trainer = make(interrupted)
+    with pytest.raises(CheckpointError, match="No checkpoint can be used"):
+        trainer.load_checkpoint(str(results(interrupted) / "checkpoint_latest.pth"))
+
+
+@pytest.mark.faults
+def test_killed_fifty_times_it_ends_as_if_it_had_not_been(small, monkeypatch, tmp_path) -> None:
+    script = [sys.executable, small_training.__file__, str(small), "--epochs", "30"]
+    killing = [*script, "--interval", "0", "--share", "1e9", "--kills", "50"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    done = subprocess.run(killing, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    output = (small / "output.txt").read_text()
+    assert report["status"] == 0, output[-2000:]
+    assert report["hits"] >= 5  # kills during a write
+    assert "FAILED" not in output
+    assert "cannot be used" not in output
+    resumed = weights(results(small) / "checkpoint_final.pth")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "straight"))
+    subprocess.run(script, check=True, capture_output=True)
+    assert same(resumed, weights(results(tmp_path / "straight") / "checkpoint_final.pth"))
