@@ -65,5 +65,5 @@ def skipped_at_end(outputs: list[dict]) -> int:
     if not outputs:
         return 0
     columns = [torch.stack([torch.as_tensor(output[name]) for output in outputs]) for name in outputs[0]]
-    finite = torch.stack([torch.isfinite(column).flatten(1).all(1) for column in columns]).all(0).tolist()
+    finite = torch.stack([torch.isfinite(column).reshape(len(outputs), -1).all(1) for column in columns]).all(0).tolist()
     return finite[::-1].index(True) if True in finite else len(finite)

@@ -3,6 +3,7 @@ import os
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_one_checkpoint_in_two_minutes_and_at_most_one_percent_of_the_time(small
         for _ in range(2000):
             clock.now += 1
             trainer.save_progress_if_due()
-    gaps = [second - first for first, second in zip(saved, saved[1:], strict=False)]
+    gaps = [second - first for first, second in pairwise(saved)]
     assert set(gaps[:15]) == {120.5}
     assert gaps[-1] == 303
     fast = [gap for gap in gaps if gap < 200]
