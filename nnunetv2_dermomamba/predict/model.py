@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from nnunetv2_dermomamba import trainers
 from nnunetv2_dermomamba.conversion.dataset import CONVERSION_KEY
+from nnunetv2_dermomamba.network import DermoMamba
 
 __all__ = ["FINAL_CHECKPOINT", "Model", "ModelError", "build_network", "load_checkpoint", "load_model"]
 
@@ -39,6 +39,11 @@ MAX_JSON_BYTES = 64 << 20
 MAX_SIDE = 8192  # pixels; as the conversion allows
 DEPTH = 3  # nnUNet_results / Dataset118_ISIC2018 / trainer__plans__configuration
 FOLD = re.compile(r"fold_(\d{1,3}|all)", re.ASCII)
+
+# These build DermoMamba. Importing them for that would also import what nnU-Net trains and plots with: 80 MB.
+DERMOMAMBA_TRAINERS = frozenset(
+    f"nnUNetTrainerDermoMamba{variant}" for variant in ("", "DiceCE", "_5epochs", "_50epochs", "_demo")
+)
 
 NETWORK_CLASSES = re.compile(r"dynamic_network_architectures\.architectures\.\w+(\.\w+)*", re.ASCII)
 LAYER_CLASSES = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*", re.ASCII)
@@ -350,24 +355,12 @@ def build_network(model: Model, plans_manager: PlansManager, trust: bool = False
             type(side) is int and 1 <= side <= MAX_SIDE for side in configuration.patch_size
         ):
             raise ModelError(f"{model.name}: patch size {configuration.patch_size}; photographs need a 2D model")
-        trainer = _find_trainer(model.trainer)
         channels = determine_num_input_channels(plans_manager, configuration, model.dataset)
         heads = plans_manager.get_label_manager(model.dataset).num_segmentation_heads
-        build = trainer.build_network_architecture
-        # the signature before nnU-Net 2.8, which it still supports
-        old = "plans_manager" not in inspect.signature(build).parameters
-        managers = (
-            (
-                configuration.network_arch_class_name,
-                configuration.network_arch_init_kwargs,
-                configuration.network_arch_init_kwargs_req_import,
-            )
-            if old
-            else (plans_manager, configuration)
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            network = build(*managers, channels, heads, enable_deep_supervision=False)
+        if model.trainer in DERMOMAMBA_TRAINERS:
+            network: nn.Module = DermoMamba(channels, heads, configuration.patch_size)
+        else:
+            network = _build_by_trainer(model.trainer, plans_manager, configuration, channels, heads)
         for weights in reversed(model.weights):
             network.load_state_dict(weights)
     except ModelError:
@@ -377,12 +370,31 @@ def build_network(model: Model, plans_manager: PlansManager, trust: bool = False
     return network
 
 
-def _find_trainer(name: str) -> Any:
-    """A trainer of ours, or else nnU-Net's search, which imports every trainer there is (time, and memory)."""
+def _build_by_trainer(
+    name: str, plans_manager: PlansManager, configuration: ConfigurationManager, channels: int, heads: int
+) -> nn.Module:
+    from nnunetv2_dermomamba import trainers
+
     if name in trainers.__all__:
-        return getattr(trainers, name)
-    with redirect_stdout(io.StringIO()):  # nnU-Net tells where it searches
-        return recursive_find_trainer_class_by_name(name)
+        trainer = getattr(trainers, name)
+    else:
+        with redirect_stdout(io.StringIO()):  # nnU-Net tells where it searches
+            trainer = recursive_find_trainer_class_by_name(name)
+    build = trainer.build_network_architecture
+    # the signature before nnU-Net 2.8, which it still supports
+    old = "plans_manager" not in inspect.signature(build).parameters
+    managers = (
+        (
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+        )
+        if old
+        else (plans_manager, configuration)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return build(*managers, channels, heads, enable_deep_supervision=False)
 
 
 def _check_architecture(model: Model, configuration: dict) -> None:

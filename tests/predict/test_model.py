@@ -3,6 +3,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,7 +13,13 @@ import pytest
 import torch
 
 from nnunetv2_dermomamba.predict import Predictor
-from nnunetv2_dermomamba.predict.model import MAX_CHECKPOINT_BYTES, ModelError, load_checkpoint, load_model
+from nnunetv2_dermomamba.predict.model import (
+    DERMOMAMBA_TRAINERS,
+    MAX_CHECKPOINT_BYTES,
+    ModelError,
+    load_checkpoint,
+    load_model,
+)
 
 
 class Evil:
@@ -60,6 +68,24 @@ def test_trainers_own_checkpoints_load_without_trust(model):
     assert loaded.folds == ["0", "1"]
     assert loaded.shape == (64, 64)
     assert len(loaded.weights) == 2
+
+
+def test_a_network_is_built_without_its_trainer_exactly_if_it_is_dermomamba():
+    from nnunetv2_dermomamba import trainers
+
+    build = trainers.nnUNetTrainerDermoMamba.build_network_architecture
+    dermomamba = {name for name in trainers.__all__ if getattr(trainers, name).build_network_architecture is build}
+    assert dermomamba == DERMOMAMBA_TRAINERS
+
+
+def test_predicting_imports_nothing_to_train_or_plot_with(model):
+    code = (
+        "import sys; from nnunetv2_dermomamba.predict import Predictor; import nnunetv2_dermomamba.predict.stream; "
+        f"Predictor({str(model)!r}, 'cpu'); "
+        "print({'matplotlib', 'seaborn', 'sklearn', 'nnunetv2.training.nnUNetTrainer.nnUNetTrainer'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("scalar", [np.float32(1.5), np.float64(1.5), np.int64(3), np.bool_(True)])
