@@ -21,7 +21,7 @@ def check_images(batch: dict) -> None:
         NotFiniteError: naming the cases.
     """
     data = batch["data"]
-    if data.device.type != "cpu" or torch.isfinite(data.sum()):  # a sum takes a fifth of the time of isfinite
+    if data.device.type != "cpu" or torch.isfinite(data.sum()):  # a sum is many times quicker than isfinite
         return
     cases = [str(key) for key, image in zip(batch["keys"], data, strict=True) if not torch.isfinite(image).all()]
     if cases:
@@ -65,5 +65,7 @@ def skipped_at_end(outputs: list[dict]) -> int:
     if not outputs:
         return 0
     columns = [torch.stack([torch.as_tensor(output[name]) for output in outputs]) for name in outputs[0]]
-    finite = torch.stack([torch.isfinite(column).reshape(len(outputs), -1).all(1) for column in columns]).all(0).tolist()
+    finite = (
+        torch.stack([torch.isfinite(column).reshape(len(outputs), -1).all(1) for column in columns]).all(0).tolist()
+    )
     return finite[::-1].index(True) if True in finite else len(finite)

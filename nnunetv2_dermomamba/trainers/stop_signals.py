@@ -15,6 +15,7 @@ STOPPED = 75
 """Exit code of a run that was stopped and that ``--c`` continues: EX_TEMPFAIL of sysexits.h, "try again"."""
 INTERRUPTED = 130
 """Exit code after a second SIGINT: 128 + SIGINT, as shells report it."""
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter only, and it kills there
 WORKER_GRACE = 60  # seconds in which a worker process outlives the SIGTERM that its group got
 
 
@@ -61,11 +62,14 @@ def leave_at_once(code: int, message: str) -> None:
 
     Nothing is waited for: a pool's own clean-up can block for ever when its workers were killed by the same signal.
     """
-    for child in multiprocessing.active_children():
-        child.kill()
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    children = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+    with contextlib.suppress(RuntimeError):  # a handler may have interrupted the main thread's own writing
+        sys.stdout.flush()
+    os.write(2, f"{message}\n".encode())
+    sys.setswitchinterval(60)  # no other thread runs from here on: a pool's would replace the workers that die
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, KILL)
     os._exit(code)
 
 
