@@ -1,3 +1,21 @@
-"""What stock nnU-Net imports to find ``-tr NAME``: nothing but the trainers, by name."""
+"""What stock nnU-Net imports to find ``-tr NAME``: the trainers, by name, and imported only when they are asked for.
 
-from nnunetv2_dermomamba.trainers import *  # noqa: F403
+nnU-Net imports this module whatever trainer it looks for, so that a fault of ours must not show before it is ours.
+"""
+
+TRAINERS = (
+    "nnUNetTrainerDermoMamba",
+    "nnUNetTrainerDermoMambaDiceCE",
+    "nnUNetTrainerDermoMamba_5epochs",
+    "nnUNetTrainerDermoMamba_50epochs",
+    "nnUNetTrainerDermoMamba_demo",
+    "nnUNetTrainerGuideFusionLoss",
+)
+
+
+def __getattr__(name: str) -> type:
+    if name not in TRAINERS:
+        raise AttributeError(name)
+    from nnunetv2_dermomamba import trainers
+
+    return getattr(trainers, name)
