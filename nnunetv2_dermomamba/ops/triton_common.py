@@ -3,13 +3,15 @@
 
 A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side, a
 sub-block of ``SUB`` positions of each at a time. In bulk it first writes the rows that the walk needs (step size
-``delta``, ``w = delta x``, B and C, time fastest) to a small scratch of its own, which stays in cache, and then
-walks the ``SUB`` steps, unrolled, with the states in registers.
+``delta``, ``w = delta x``, B and C) to a small scratch of its own, which stays in cache, and then walks the ``SUB``
+steps, unrolled, with the states in registers.
 
 A walk's tile is ``[LANES, R, NN]``. ``LANES`` runs over (segment, group of ``R`` channels, state modulo ``NP / NN``)
 and fills the warps exactly; the ``R`` channels and ``NN`` states of a lane are one thread's. Rows are loaded as
-``[LANES, R or NN, 4]``, four steps a load of 16 bytes. That last axis is one thread's too, so ``pick`` takes a step
-out of it at no cost, no step waits for memory and nothing passes between threads but the sums over states and channels.
+``[LANES, R or NN, 4]``, four steps a load of 16 bytes; the scratch keeps a quantity as ``[SUB / 4, rows, 4]``, row
+``index S + segment``, so that a warp's load is one or two lines of cache. That last axis is one thread's too, so
+``_pick`` takes a step out of it at no cost, no step waits for memory and nothing passes between threads but the sums
+over states and channels.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def tile_for(channels: int, state: int, length: int) -> Tile:
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
     run, held = min(4 if padded > 64 else 2, padded), min(4, states)
     segments = max(2, 32 // (padded // run * (states // held)))
-    chunk = CHUNK if length > 64 * CHUNK else max(SUB, CHUNK // 2)  # short sequences want more programs
+    shorter = 1 if length > 64 * CHUNK else 2 if length > 8 * CHUNK else 4  # short sequences want more programs
+    chunk = max(SUB, CHUNK // shorter)
     hold = min(SUB, 8 if run * held <= 8 else 4)
     return Tile(padded, states, run, held, segments, chunk, SUB, hold)
 
@@ -146,7 +149,7 @@ def walk_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.const
     """Segment ``[LANES, 1, 1]``, channel ``[LANES, R, 1]`` and state ``[LANES, 1, NN]`` of the walk's tile."""
     NL: tl.constexpr = NP // NN
     lane = tl.arange(0, S * (DP // R) * NL)
-    channel = (lane // NL % (DP // R))[:, None, None] * R + tl.arange(0, R)[None, :, None]
+    channel = (lane // NL % (DP // R))[:, None, None] + tl.arange(0, R)[None, :, None] * (DP // R)
     n = tl.arange(0, NN)[None, None, :] * NL + (lane % NL)[:, None, None]
     return (lane // NL // (DP // R))[:, None, None], channel, n
 
@@ -187,37 +190,45 @@ def _pack(a, b, c, d):
 
 
 @triton.jit
-def _rows(segment, index, per_segment: tl.constexpr, SUB: tl.constexpr):
-    """Offsets ``[LANES, ..., 4]`` of the first four steps of each lane's rows."""
-    return ((segment * per_segment + index) * SUB)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+def cells(row, step, ROWS: tl.constexpr):
+    """Offsets in the scratch of steps ``step`` of rows ``row`` (broadcast) of a quantity of ``ROWS`` rows."""
+    return step // 4 * (ROWS * 4) + row * 4 + step % 4
 
 
 @triton.jit
-def _output_rows(DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
+def _rows(segment, index, S: tl.constexpr):
+    """Offsets ``[LANES, ..., 4]`` of the first four steps of each lane's rows."""
+    return ((index * S + segment) * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+
+
+@triton.jit
+def _output_rows(DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
     """Offsets ``[S DP / R, R, 4]`` of the first four steps of each channel's rows."""
-    group = tl.arange(0, S * (DP // R))
-    return (group[:, None, None] * R + tl.arange(0, R)[None, :, None]) * SUB + tl.arange(0, 4)[None, None, :]
+    G: tl.constexpr = DP // R
+    group = tl.arange(0, S * G)[:, None, None]
+    channel = group % G + tl.arange(0, R)[None, :, None] * G
+    return (channel * S + group // G) * 4 + tl.arange(0, 4)[None, None, :]
 
 
 @triton.jit
 def walk_summary(
     delta_ptr, v_ptr, m_ptr, h, total, A2, segment, channel, n,
-    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, SUB: tl.constexpr
+    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
     """Carry a segment's state and the sum of its steps over ``SUB`` positions.
 
     Forward: ``h = a h + w B``. ADJOINT, from the last position to the first: ``g = a (g + dy C)``.
     ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
     """
-    row = _rows(segment, channel, DP, SUB)
-    m_row = _rows(segment, n, NP, SUB)
+    row = _rows(segment, channel, S)
+    m_row = _rows(segment, n, S)
     WAY: tl.constexpr = -1 if ADJOINT else 1
     BEGIN: tl.constexpr = SUB - 4 if ADJOINT else 0
     STEP: tl.constexpr = 3 if ADJOINT else 0
     for at in tl.static_range(BEGIN, SUB - 4 - BEGIN + 4 * WAY, 4 * WAY):
-        delta = tl.load(delta_ptr + row + at)
-        v = tl.load(v_ptr + row + at)
-        m = tl.load(m_ptr + m_row + at)
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        v = tl.load(v_ptr + row + at * (S * DP))
+        m = tl.load(m_ptr + m_row + at * (S * NP))
         for i in tl.static_range(STEP, 3 - STEP + WAY, WAY):
             step = _pick(delta, i)
             a = _exp2(step * A2)
@@ -236,22 +247,22 @@ def walk_output(
     SUB: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
     """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
-    row = _rows(segment, channel, DP, SUB)
-    bc_row = _rows(segment, n, 2 * NP, SUB)
-    y_row = _output_rows(DP, R, S, SUB)
+    row = _rows(segment, channel, S)
+    bc_row = _rows(segment, n, S)
+    y_row = _output_rows(DP, R, S)
     for k in tl.static_range(SUB // 4):
         if k * 4 % HOLD == 0:
             tl.store(saved_ptr + k * 4 // HOLD * (S * DP * NP) + saved, h)
-        delta = tl.load(delta_ptr + row + k * 4)
-        w = tl.load(w_ptr + row + k * 4)
-        b = tl.load(bc_ptr + bc_row + k * 4)
-        c = tl.load(bc_ptr + NP * SUB + bc_row + k * 4)
+        delta = tl.load(delta_ptr + row + k * 4 * (S * DP))
+        w = tl.load(w_ptr + row + k * 4 * (S * DP))
+        b = tl.load(bc_ptr + bc_row + k * 4 * (S * 2 * NP))
+        c = tl.load(bc_ptr + NP * S * 4 + bc_row + k * 4 * (S * 2 * NP))
         ys = ()
         for i in tl.static_range(4):
             h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
             ys = ys + (tl.sum(h * _pick(c, i), axis=2),)  # noqa: RUF005  (kernels know no starred tuples)
         y = _pack(ys[0], ys[1], ys[2], ys[3]).reshape(S * (DP // R), NP // NN, R, 4)
-        tl.store(w_ptr + y_row + k * 4, tl.sum(y, axis=1))
+        tl.store(w_ptr + y_row + k * 4 * (S * DP), tl.sum(y, axis=1))
     return h
 
 
@@ -271,12 +282,12 @@ def walk_back(
     G: tl.constexpr = DP // R
     E: tl.constexpr = G if G < 8 else 8
     PARTS: tl.constexpr = S * (G // E)
-    row = _rows(segment, channel, DP, SUB)
-    bc_row = _rows(segment, n, 2 * NP, SUB)
-    out_row = _output_rows(DP, R, S, SUB)
-    part = tl.arange(0, PARTS * NL)
-    dbc_row = (part // NL * (2 * NP) + part % NL)[:, None, None] + (tl.arange(0, NN) * NL)[None, :, None]
-    dbc_row = dbc_row * SUB + tl.arange(0, 4)[None, None, :]
+    row = _rows(segment, channel, S)
+    bc_row = _rows(segment, n, S)
+    out_row = _output_rows(DP, R, S)
+    part = tl.arange(0, PARTS * NL)[:, None, None]
+    m = part // NL % (G // E) * (2 * NP) + part % NL + (tl.arange(0, NN) * NL)[None, :, None]
+    dbc_row = (m * S + part // NL // (G // E)) * 4 + tl.arange(0, 4)[None, None, :]
     for back in range(SUB // HOLD):
         first = SUB - HOLD - back * HOLD
         h = tl.load(saved_ptr + first // HOLD * (S * DP * NP) + saved)
@@ -285,9 +296,9 @@ def walk_back(
         ws = ()
         bs = ()
         for k in tl.static_range(HOLD // 4):
-            delta = tl.load(delta_ptr + row + first + k * 4)
-            w = tl.load(w_ptr + row + first + k * 4)
-            b = tl.load(bc_ptr + bc_row + first + k * 4)
+            delta = tl.load(delta_ptr + row + (first + k * 4) * (S * DP))
+            w = tl.load(w_ptr + row + (first + k * 4) * (S * DP))
+            b = tl.load(bc_ptr + bc_row + (first + k * 4) * (S * 2 * NP))
             deltas = deltas + (delta,)  # noqa: RUF005
             ws = ws + (w,)  # noqa: RUF005
             bs = bs + (b,)  # noqa: RUF005
@@ -295,8 +306,8 @@ def walk_back(
                 h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
                 hs = hs + (h,)  # noqa: RUF005
         for k in tl.static_range(HOLD // 4 - 1, -1, -1):
-            dy = tl.load(dy_ptr + row + first + k * 4)
-            c = tl.load(bc_ptr + NP * SUB + bc_row + first + k * 4)
+            dy = tl.load(dy_ptr + row + (first + k * 4) * (S * DP))
+            c = tl.load(bc_ptr + NP * S * 4 + bc_row + (first + k * 4) * (S * 2 * NP))
             by_input = ()
             by_decay = ()
             dbs = ()
@@ -316,10 +327,10 @@ def walk_back(
             by_decay = _pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]).reshape(S * G, NL, R, 4)
             db = tl.sum(_pack(dbs[0], dbs[1], dbs[2], dbs[3]).reshape(PARTS, E, NL, NN, 4), axis=1)
             dc = tl.sum(_pack(dcs[0], dcs[1], dcs[2], dcs[3]).reshape(PARTS, E, NL, NN, 4), axis=1)
-            tl.store(w_ptr + out_row + first + k * 4, tl.sum(by_input, axis=1))
-            tl.store(dy_ptr + out_row + first + k * 4, tl.sum(by_decay, axis=1) * LN2)
-            tl.store(dbc_ptr + dbc_row + first + k * 4, db.reshape(PARTS * NL, NN, 4))
-            tl.store(dbc_ptr + NP * SUB + dbc_row + first + k * 4, dc.reshape(PARTS * NL, NN, 4))
+            tl.store(w_ptr + out_row + (first + k * 4) * (S * DP), tl.sum(by_input, axis=1))
+            tl.store(dy_ptr + out_row + (first + k * 4) * (S * DP), tl.sum(by_decay, axis=1) * LN2)
+            tl.store(dbc_ptr + dbc_row + (first + k * 4) * (PARTS * 2 * NP), db.reshape(PARTS * NL, NN, 4))
+            tl.store(dbc_ptr + NP * S * 4 + dbc_row + (first + k * 4) * (PARTS * 2 * NP), dc.reshape(PARTS * NL, NN, 4))
     return g, dA
 
 
@@ -328,7 +339,7 @@ def sum_over_segments(dA, DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, N
     """The walk's ``[LANES, R, NN]`` summed over segments, ``[DP / R, NP / NN, R, NN]``; its channels and states."""
     G: tl.constexpr = DP // R
     NL: tl.constexpr = NP // NN
-    channel = (tl.arange(0, G)[:, None] * R + tl.arange(0, R)[None, :])[:, None, :, None]
+    channel = (tl.arange(0, G)[:, None] + tl.arange(0, R)[None, :] * G)[:, None, :, None]
     n = (tl.arange(0, NL)[:, None] + tl.arange(0, NN)[None, :] * NL)[None, :, None, :]
     return tl.sum(tl.reshape(dA, [S, G, NL, R, NN]), axis=0), channel, n
 

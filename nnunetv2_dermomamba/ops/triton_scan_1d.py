@@ -18,6 +18,7 @@ from nnunetv2_dermomamba.ops.triton_common import (
     MAX_BLOCK,
     Tile,
     ceil_div,
+    cells,
     chunk_count,
     combine,
     launch,
@@ -45,10 +46,10 @@ def _item(item, programs_per_row, blocks, group_dim, DP: tl.constexpr):
 
 @triton.jit
 def _sub_block(q, j, rows: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr):
-    """Of ``S rows`` rows, a segment's together: the index within the segment, and positions ``[S rows, SUB]``."""
-    row = tl.arange(0, S * rows)
-    position = (q * (S * T) + j * SUB + row // rows * T)[:, None] + tl.arange(0, SUB)[None, :]
-    return row % rows, position
+    """Index of each of ``rows S`` rows, the segments of one side by side, and positions ``[rows S, SUB]``."""
+    row = tl.arange(0, rows * S)
+    position = (q * (S * T) + j * SUB + row % S * T)[:, None] + tl.arange(0, SUB)[None, :]
+    return row // S, position
 
 
 @triton.jit
@@ -70,8 +71,8 @@ def _copy_states(
     n, position = _sub_block(q, j, NP, S, T, SUB)
     mask = (n < N)[:, None] & (position < length)
     tile = tl.load(source_ptr + base + n.to(tl.int64)[:, None] * length + position, mask=mask, other=0.0)
-    row = tl.arange(0, S * NP) // NP * per_segment + n
-    tl.store(row_ptr + row[:, None] * SUB + tl.arange(0, SUB)[None, :], tile.to(tl.float32))
+    cell = cells(tl.arange(0, NP * S)[:, None], tl.arange(0, SUB)[None, :], S * per_segment)
+    tl.store(row_ptr + cell, tile.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
@@ -87,7 +88,7 @@ def summary_kernel(
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     v_row = delta_row + P * DP
     m_row = v_row + P * DP
-    cell = tl.arange(0, S * DP)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    cell = cells(tl.arange(0, DP * S)[:, None], tl.arange(0, SUB)[None, :], DP * S)
     segment, channel, n = walk_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         q, _, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
@@ -110,7 +111,7 @@ def summary_kernel(
             _copy_states(M_ptr, m_row, row.to(tl.int64) * N * length, length, N, q, j, NP, NP, S, T, SUB)
             tl.debug_barrier()
             state, total = walk_summary(
-                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, SUB
+                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, S, SUB
             )
             tl.debug_barrier()
         chunk = q * S + segment + (-1 if ADJOINT else 1)
@@ -133,7 +134,7 @@ def forward_kernel(
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     w_row = delta_row + P * DP
     bc_row = w_row + P * DP
-    cell = tl.arange(0, S * DP)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    cell = cells(tl.arange(0, DP * S)[:, None], tl.arange(0, SUB)[None, :], DP * S)
     segment, channel, n = walk_index(DP, NP, R, NN, S)
     saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -154,7 +155,7 @@ def forward_kernel(
             tl.store(w_row + cell, delta * u)
             _copy_states(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB)
             _copy_states(
-                C_ptr, bc_row + NP * SUB, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
+                C_ptr, bc_row + NP * S * 4, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
             )
             tl.debug_barrier()
             save = saved_ptr + (place * (T // HOLD) + j * (SUB // HOLD)) * (S * DP * NP)
@@ -189,7 +190,7 @@ def backward_kernel(
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
     dbc_row = bc_row + P * 2 * NP
-    cell = tl.arange(0, S * DP)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    cell = cells(tl.arange(0, DP * S)[:, None], tl.arange(0, SUB)[None, :], DP * S)
     segment, channel, n = walk_index(DP, NP, R, NN, S)
     saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -216,7 +217,7 @@ def backward_kernel(
             tl.store(dy_row + cell, dy)
             _copy_states(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB)
             _copy_states(
-                C_ptr, bc_row + NP * SUB, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
+                C_ptr, bc_row + NP * S * 4, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
             )
             tl.debug_barrier()
             save = saved_ptr + (place * (T // HOLD) + j * (SUB // HOLD)) * (S * DP * NP)
@@ -242,12 +243,12 @@ def backward_kernel(
             tl.store(du_ptr + at, du, mask=mask)
             tl.store(ddelta_ptr + at, ddelta, mask=mask)
             m, bc_position = _sub_block(q, j, NP, S, T, SUB)
-            part_row = (tl.arange(0, S * NP) // NP * (PARTS * 2 * NP) + m)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+            part_cell = cells(tl.arange(0, NP * S)[:, None], tl.arange(0, SUB)[None, :], PARTS * 2 * NP * S)
             db = tl.zeros([S * NP, SUB], tl.float32)
             dc = tl.zeros([S * NP, SUB], tl.float32)
             for i in tl.static_range(PARTS):
-                db += tl.load(dbc_row + i * (2 * NP * SUB) + part_row)
-                dc += tl.load(dbc_row + (i * 2 + 1) * (NP * SUB) + part_row)
+                db += tl.load(dbc_row + i * (2 * NP * S * 4) + part_cell)
+                dc += tl.load(dbc_row + (i * 2 + 1) * (NP * S * 4) + part_cell)
             sequences = (items // programs_per_row // blocks).to(tl.int64)
             bc_at = ((block * sequences + row) * N + m)[:, None] * length + bc_position
             bc_mask = (m < N)[:, None] & (bc_position < length)
@@ -259,10 +260,10 @@ def backward_kernel(
         tl.store(dA_ptr + (part * dim + first + head) * N + state, dA, mask=(head < d) & (state < N))
         head = tl.arange(0, DP)
         if HAS_D:
-            dD = tl.sum(tl.reshape(dD, [S, DP]), axis=0)
+            dD = tl.sum(tl.reshape(dD, [DP, S]), axis=1)
             tl.store(dD_ptr + part * dim + first + head, dD, mask=head < d)
         if HAS_BIAS:
-            dbias = tl.sum(tl.reshape(dbias, [S, DP]), axis=0)
+            dbias = tl.sum(tl.reshape(dbias, [DP, S]), axis=1)
             tl.store(dbias_ptr + part * dim + first + head, dbias, mask=head < d)
 
 

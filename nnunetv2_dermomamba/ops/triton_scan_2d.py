@@ -3,7 +3,7 @@
 
 No direction's copy, no B, C or dt tensor and no state but one a chunk reaches device memory: a program projects a block
 of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A direction and its reverse
-share a program; row-major and column-major are two launches, so that sums need no atomics and repeat bit for bit.
+share a program; row-major and column-major write two maps, so that sums need no atomics and repeat bit for bit.
 The low-rank dt projection is folded outside, ``W_delta = dt_projs_weight @ x_proj_weight[:R]``: at the ranks in use
 (R = ceil(d / 32)) one dense product of d x d is as cheap as two thin ones padded to the tensor cores' size.
 """
@@ -60,9 +60,16 @@ def _positions(
 
 @triton.jit
 def _cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
-    """Offsets in the scratch of a sub-block's rows, ``[S SUB, columns]``."""
-    r = tl.arange(0, S * SUB)
-    return ((r // SUB)[:, None] * per_segment + col[None, :]) * SUB + (r % SUB)[:, None]
+    """``triton_common.cells`` of a sub-block as ``[S SUB, columns]``, so written that the compiler sees fours of steps."""
+    r = tl.arange(0, S * SUB)[:, None]
+    return r // 4 % (SUB // 4) * (S * per_segment * 4) + (col[None, :] * S + r // SUB) * 4 + r % 4
+
+
+@triton.jit
+def _turned_cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
+    """The same as ``[columns, S SUB]``; of a ``tl.trans`` the compiler would not see that steps are adjacent."""
+    r = tl.arange(0, S * SUB)[None, :]
+    return r // 4 % (SUB // 4) * (S * per_segment * 4) + (col[:, None] * S + r // SUB) * 4 + r % 4
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def _project(
     tl.store(m_row + _cells(m, MP, S, SUB), projected)
 
 
-UNSPECIALIZED = ["items", "length", "padded", "height", "width", "per_map", "chunks", "column"]
+UNSPECIALIZED = ["items", "length", "padded", "height", "width", "per_map", "chunks"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -148,7 +155,7 @@ def summary_2d_kernel(
                 tl.store(v_row + _cells(col, DP, S, SUB), dy)
             tl.debug_barrier()
             state, total = walk_summary(
-                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, SUB
+                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, S, SUB
             )
             tl.debug_barrier()
         chunk = q * S + segment + (-1 if ADJOINT else 1)
@@ -161,12 +168,12 @@ def summary_2d_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_2d_kernel(
     x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, saved_ptr, y_ptr, scratch_ptr,
-    items, length, padded, height, width, per_map, chunks, column, d: tl.constexpr, N: tl.constexpr,
+    items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
     KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
-    """One path and its reverse: ``y`` from the states that enter the chunks; the second path (column) adds to ``y``."""
+    """A path and its reverse: ``y`` of the row-major paths, and of the column-major ones behind it."""
     P: tl.constexpr = S * SUB
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
     w_row = delta_row + P * DP
@@ -175,13 +182,14 @@ def forward_2d_kernel(
     segment, channel, n = walk_index(DP, NP, R, NN, S)
     saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        batch = (item // per_map).to(tl.int64)
+        batch = (item // 2 // per_map).to(tl.int64)
+        column = item % 2
         x_map = x_ptr + batch * length * d
-        y_map = y_ptr + batch * length * d
+        y_map = y_ptr + (column * (items // 2 // per_map) + batch) * length * d
         for reverse in range(2):
             direction = column + 2 * reverse
             weight = weight_ptr + direction * (KD + 2 * NP) * KD
-            q = item % per_map
+            q = item // 2 % per_map
             q = tl.where(reverse > 0, per_map - 1 - q, q)
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
             skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
@@ -204,7 +212,7 @@ def forward_2d_kernel(
                 y += skip[None, :] * _load_map(x_map, position, valid, col, d)
                 target = y_map + position[:, None] * d + col[None, :]
                 mask = valid[:, None] & (col < d)[None, :]
-                y += tl.load(target, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                y += tl.load(target, mask=mask & (position * 0 + reverse > 0)[:, None], other=0.0)
                 tl.store(target, y, mask=mask)
                 tl.debug_barrier()
 
@@ -213,12 +221,12 @@ def forward_2d_kernel(
 def backward_2d_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, saved_ptr, adjoint_ptr,
     dx_ptr, dweight_ptr, dbias_ptr, dA_ptr, dD_ptr, scratch_ptr,
-    items, length, padded, height, width, per_map, chunks, column, d: tl.constexpr, N: tl.constexpr,
+    items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
     KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
-    """One path and its reverse: adds to ``dx``, and to the program's own partial sums of the parameters' gradients."""
+    """A path and its reverse: ``dx`` likewise, and the program's own partial sums of the parameters' gradients."""
     P: tl.constexpr = S * SUB
     PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 2 * NP + PARTS * 2 * NP))
@@ -235,16 +243,17 @@ def backward_2d_kernel(
     segment, channel, n = walk_index(DP, NP, R, NN, S)
     saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        batch = (item // per_map).to(tl.int64)
+        batch = (item // 2 // per_map).to(tl.int64)
+        column = item % 2
         x_map = x_ptr + batch * length * d
         dy_map = dy_ptr + batch * length * d
-        dx_map = dx_ptr + batch * length * d
+        dx_map = dx_ptr + (column * (items // 2 // per_map) + batch) * length * d
         for reverse in range(2):
             direction = column + 2 * reverse
-            part = tl.program_id(0).to(tl.int64) * 2 + reverse
+            part = tl.program_id(0).to(tl.int64) * 4 + direction
             weight = weight_ptr + direction * (KD + 2 * NP) * KD
             dweight = dweight_ptr + part * ((KD + 2 * NP) * KD)
-            q = item % per_map
+            q = item // 2 % per_map
             q = tl.where(reverse > 0, per_map - 1 - q, q)
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
             skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
@@ -282,7 +291,7 @@ def backward_2d_kernel(
                 tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy)
                 dbc = tl.zeros([P, 2 * NP], tl.float32)
                 for i in tl.static_range(PARTS):
-                    dbc += tl.load(dbc_row + i * (2 * NP * SUB) + _cells(m, PARTS * 2 * NP, S, SUB))
+                    dbc += tl.load(dbc_row + i * (2 * NP * S * 4) + _cells(m, PARTS * 2 * NP, S, SUB))
                 tl.store(bc_row + bc_cell, dbc)
                 tl.debug_barrier()
 
@@ -296,15 +305,15 @@ def backward_2d_kernel(
                     acc = _dot(tl.load(bc_row + bc_cell), tl.load(weight + (KD + m)[:, None] * KD + c[None, :]), acc)
                     dx_at = dx_map + position[:, None] * d + c[None, :]
                     mask = valid[:, None] & (c < d)[None, :]
-                    acc += tl.load(dx_at, mask=mask & (position * 0 + direction > 0)[:, None], other=0.0)
+                    acc += tl.load(dx_at, mask=mask & (position * 0 + reverse > 0)[:, None], other=0.0)
                     tl.store(dx_at, acc, mask=mask)
 
                     x_block = _load_map(x_map, position, valid, c, d)
                     dw_at = dweight + k[:, None] * KD + c[None, :]
-                    turned = tl.load(w_row + tl.trans(_cells(k, DP, S, SUB)), mask=(k < DP)[:, None], other=0.0)
+                    turned = tl.load(w_row + _turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
                     tl.store(dw_at, _dot(turned, x_block, tl.load(dw_at)))
                     dm_at = dweight + (KD + m)[:, None] * KD + c[None, :]
-                    tl.store(dm_at, _dot(tl.load(bc_row + tl.trans(bc_cell)), x_block, tl.load(dm_at)))
+                    tl.store(dm_at, _dot(tl.load(bc_row + _turned_cells(m, 2 * NP, S, SUB)), x_block, tl.load(dm_at)))
                 tl.debug_barrier()
             dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
             dA_at = dA_ptr + (part * DP + head) * NP + state
@@ -395,30 +404,18 @@ def scan_2d_forward(
         return _wide_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
     plan = _plan(x, A)
     tile = plan.tile
-    y = torch.empty_like(x, dtype=torch.float32)
+    y = A.new_empty(2, *x.shape)
     with torch.cuda.device_of(x):
         weight = _fold(plan, x_proj_weight, dt_projs_weight, A.shape[1])
         starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
         states = A.new_empty(states_shape_2d(x, A.shape[1]))
-        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, FORWARD_REGISTERS)
-        for column in range(2):
-            forward_2d_kernel[grid](
-                x,
-                weight,
-                dt_projs_bias,
-                A,
-                Ds,
-                starts,
-                states,
-                y,
-                scratch,
-                plan.items,
-                *plan.sizes,
-                column,
-                **plan.constants,
-                **options,
-            )
-    return y, states
+        items = 2 * plan.items
+        scratch, grid, options = launch(A, items, tile, tile.forward_scratch, FORWARD_REGISTERS)
+        forward_2d_kernel[grid](
+            x, weight, dt_projs_bias, A, Ds, starts, states, y, scratch,
+            items, *plan.sizes, **plan.constants, **options
+        )  # fmt: skip
+    return y[0] + y[1], states
 
 
 def scan_2d_backward(
@@ -441,22 +438,19 @@ def scan_2d_backward(
     plan = _plan(x, A)
     tile, d, state = plan.tile, x.shape[3], A.shape[1]
     rank = dt_projs_weight.shape[2]
-    dx = torch.empty_like(x, dtype=torch.float32)
+    dx = A.new_empty(2, *x.shape)
     with torch.cuda.device_of(x):
         weight = _fold(plan, x_proj_weight, dt_projs_weight, state)
         adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
-        scratch, grid, options = launch(A, plan.items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
+        items = 2 * plan.items
+        scratch, grid, options = launch(A, items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
         widths = (plan.rows * plan.KD, tile.DP, tile.DP * tile.NP, tile.DP)
-        columns = []
-        for column in range(2):
-            parts = [A.new_zeros(grid[0], 2, width) for width in widths]
-            backward_2d_kernel[grid](
-                dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
-                plan.items, *plan.sizes, column, **plan.constants, **options
-            )  # fmt: skip
-            columns.append([part.sum(0) for part in parts])
-    # (2 paths, 2 ways) in the order row, row reversed, column, column reversed -> directions row, column, and reversed
-    dweight, dbias, dA, dD = (torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*columns, strict=True))
+        parts = [A.new_zeros(grid[0], 4, width) for width in widths]
+        backward_2d_kernel[grid](
+            dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
+            items, *plan.sizes, **plan.constants, **options
+        )  # fmt: skip
+    dweight, dbias, dA, dD = (part.sum(0) for part in parts)
     dweight = dweight.unflatten(1, (plan.rows, plan.KD))[:, :, :d]
     dfold = dweight[:, :d]
     dB = dweight[:, plan.KD : plan.KD + state]
@@ -464,7 +458,7 @@ def scan_2d_backward(
     ddt = (dfold[:, :, None] * dt_projs_weight[..., None]).sum(1)
     dlift = (dfold[:, :, None] * x_proj_weight[:, None, :rank]).sum(3)
     dA = dA.unflatten(1, (tile.DP, tile.NP))[:, :d, :state].flatten(0, 1).contiguous()
-    return dx, torch.cat([ddt, dB, dC], dim=1), dlift, dbias[:, :d].contiguous(), dA, dD[:, :d].flatten()
+    return dx[0] + dx[1], torch.cat([ddt, dB, dC], dim=1), dlift, dbias[:, :d].contiguous(), dA, dD[:, :d].flatten()
 
 
 def _wide_inputs(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> tuple[Tensor, ...]:
