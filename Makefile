@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-faults lint chromium demo clean
+.PHONY: test test-faults lint chromium slurm demo clean
 
 # The built wheel, not the source tree, is what gets installed, tested and shown.
 $(VENV)/installed: pyproject.toml nnunetv2_dermomamba.pth $(shell find nnunetv2_dermomamba -type f -not -name '*.pyc')
@@ -32,7 +32,14 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist lo
 test: lint chromium
 	$(PYTEST) -m "not faults"
 
-test-faults: $(VENV)/installed
+# The script for clusters is tested on a real one; likewise.
+slurm:
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	apt-get install -y -qq slurmctld slurmd slurm-client munge >/dev/null; } || \
+	echo "Slurm could not be installed: its test will be skipped"
+
+test-faults: $(VENV)/installed slurm
 	$(PYTEST) -m faults
 
 demo: $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
@@ -43,9 +44,12 @@ class GuideFusionLossMixin(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As the trainer's own; logs the means of the loss's two parts."""
-        parts = torch.stack([output["loss_parts"] for output in train_outputs])
+        parts = torch.stack([output["loss_parts"] for output in train_outputs]).mean(0)
+        if self.is_ddp:
+            dist.all_reduce(parts)
+            parts /= dist.get_world_size()
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
-        cross_entropy, attention_dice = parts.mean(0).tolist()
+        cross_entropy, attention_dice = parts.tolist()
         self.print_to_log_file(
             f"train_loss parts: cross_entropy {cross_entropy:.4f}, attention_dice {attention_dice:.4f}"
         )
