@@ -143,7 +143,7 @@ def test_saved_within_an_epoch_and_read_by_others(interrupted) -> None:
 def test_resumed_run_ends_as_an_uninterrupted_one(interrupted, monkeypatch, tmp_path) -> None:
     small_training.train(interrupted, continue_training=True)
     resumed = torch.load(results(interrupted) / "checkpoint_final.pth", weights_only=False)
-    assert log_of(interrupted).count("Epoch 0\n") == 1
+    assert log_of(interrupted).count(": Epoch 0") == 1
     assert not list(results(interrupted).glob("*latest*")) + list(results(interrupted).glob("*previous*"))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "again"))
     small_training.train(interrupted, continue_training=False)
