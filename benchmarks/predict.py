@@ -1,13 +1,17 @@
 """How much `dermomamba predict` adds to the network's own time, and how much memory it takes.
 
 python benchmarks/predict.py MODEL: draws photographs, times the network alone on them and the whole prediction, and
-prints the ratio and the peak resident memory after a run and after one four times as long.
+prints the ratio of the wall-clock times and of the processor times (which say more on a busy machine); then the peak
+resident memory of the command itself, in a process of its own, on these photographs and on four times as many.
 """
 
 import argparse
-import resource
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +39,15 @@ def main() -> None:
     predictor = Predictor(args.model, args.device, mirroring=not args.disable_tta)
     with tempfile.TemporaryDirectory() as folder:
         _draw(Path(folder, "photos"), args.count, (args.height, args.width))
-        alone = _network_alone(predictor, Path(folder, "photos"))
-        whole = [_whole(predictor, Path(folder), args.everything) for _ in range(3)]
+        alone, alone_cpu = _network_alone(predictor, Path(folder, "photos"))
+        whole, whole_cpu = _least(lambda: _whole(predictor, Path(folder), args.everything))
         print(f"{args.width} x {args.height}, {args.count} photographs, {predictor.device}")
-        print(f"network alone: {alone:.4f} s for each, {alone * args.count:.2f} s for all")
-        print(f"predict: {min(whole) / args.count:.4f} s for each; ratio {min(whole) / args.count / alone:.3f}")
-        first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"network alone: {alone / args.count:.4f} s for each, {alone_cpu / args.count:.4f} s of processor time")
+        print(f"predict: {whole / args.count:.4f} s for each, {whole_cpu / args.count:.4f} s of processor time")
+        print(f"ratio: {whole / alone:.3f}, of processor times {whole_cpu / alone_cpu:.3f}")
+        print(f"peak memory: {_peak(args, folder):.0f} MiB", end=", ", flush=True)
         _draw(Path(folder, "photos"), 4 * args.count, (args.height, args.width))
-        _whole(predictor, Path(folder), args.everything)
-        longer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"peak memory: {first / 1024:.0f} MiB, {longer / 1024:.0f} MiB with four times as many photographs")
+        print(f"{_peak(args, folder):.0f} MiB with four times as many photographs")
 
 
 def _draw(folder: Path, count: int, shape: tuple[int, int]) -> None:
@@ -59,25 +62,40 @@ def _draw(folder: Path, count: int, shape: tuple[int, int]) -> None:
         file.write_bytes(files[number % DISTINCT])
 
 
-def _network_alone(predictor: Predictor, folder: Path) -> float:
-    """Seconds for one photograph, the least of three passes over all; the first photograph warms up."""
+def _least(function: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock and processor seconds, each the least of three runs."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter(), time.process_time()
+        function()
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return min(wall for wall, _ in times), min(cpu for _, cpu in times)
+
+
+def _network_alone(predictor: Predictor, folder: Path) -> tuple[float, float]:
+    """Wall-clock and processor seconds for all photographs; the first one warms up."""
     prepared = [predictor.read(file) for file in sorted(folder.iterdir())]
     predictor.network(prepared[0])
-    passes = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for photograph in prepared:
-            predictor.network(photograph)
-        passes.append((time.perf_counter() - start) / len(prepared))
-    return min(passes)
+    return _least(lambda: [predictor.network(photograph) for photograph in prepared])
 
 
-def _whole(predictor: Predictor, folder: Path, everything: bool) -> float:
-    """Seconds for all photographs."""
+def _whole(predictor: Predictor, folder: Path, everything: bool) -> None:
     outputs = Outputs(folder / "masks", overlay=everything, probabilities=everything)
-    start = time.perf_counter()
     predict_photos(predictor, find_photos(folder / "photos", outputs.folder), outputs, table=everything)
-    return time.perf_counter() - start
+
+
+def _peak(args: argparse.Namespace, folder: str) -> float:
+    """Peak resident memory of ``dermomamba predict`` in MiB."""
+    command = [sys.executable, "-m", "nnunetv2_dermomamba.cli", "predict", "-i", f"{folder}/photos"]
+    command += ["-o", f"{folder}/masks", "-m", str(args.model)]
+    command += ["-device", args.device] if args.device else []
+    command += ["--disable_tta"] if args.disable_tta else []
+    command += ["--overlay", "--probabilities", "--csv"] if args.everything else []
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss / 1024
 
 
 if __name__ == "__main__":
