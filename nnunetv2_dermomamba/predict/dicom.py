@@ -22,6 +22,7 @@ from nnunetv2_dermomamba.conversion.images import MAX_PIXELS
 __all__ = ["main", "read_dicom"]
 
 TIMEOUT = 60  # seconds, on a loaded machine; a photograph takes one
+PROCESSOR_TIME = 10  # seconds, in the reading process
 MEMORY = 1 << 30  # bytes, in the reading process
 REFUSED = 3  # exit status: standard error holds the reason
 PHOTOMETRIC_INTERPRETATION = "0028|0004"
@@ -78,17 +79,18 @@ def _decode(path: str) -> np.ndarray:
     return np.repeat(pixels, 3, axis=2) if components == 1 else pixels
 
 
-def _limit_memory() -> None:
+def _limit() -> None:
     try:
         import resource
     except ImportError:  # Windows
         return
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_TIME, PROCESSOR_TIME + 1))
 
 
 def main(path: str) -> int:
     """Write a DICOM file's pixels to standard output; returns the exit status."""
-    _limit_memory()
+    _limit()
     try:
         pixels = _decode(path)
     except ValueError as error:
