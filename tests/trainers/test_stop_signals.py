@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_training
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from small_training import SmallTrainer, make, results
 
 from nnunetv2_dermomamba.trainers.stop_signals import INTERRUPTED, STOPPED, StopRequest, stopping_at_once
@@ -116,6 +118,17 @@ def test_nothing_is_changed_after_stopping_at_once(heeding) -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def break_image(file: Path) -> None:
+    folder, case = str(file.parent), file.stem
+    image, segmentation, _, properties = nnUNetDatasetBlosc2(folder, [case]).load_case(case)
+    image, segmentation = np.array(image[:]), np.array(segmentation[:])
+    for part in file.parent.glob(f"{case}*"):
+        part.unlink()
+    image[:, 0, 10:20, 10:20] = np.nan
+    target = str(file.with_suffix(""))
+    nnUNetDatasetBlosc2.save_case(image, segmentation, properties, target, image.shape, segmentation.shape)
+
+
 class Run:
     """A training with two worker processes, in a process group of its own as a terminal and a cluster make it."""
 
@@ -161,6 +174,16 @@ def test_whole_group_is_signalled(small, number) -> None:
     resumed = Run(small, "--epochs", "5", "--c")
     assert resumed.process.wait(120) == 0, resumed.output.read_text()[-2000:]
     assert "Epoch 0\n" not in resumed.output.read_text()
+
+
+@pytest.mark.faults
+def test_no_worker_outlives_a_failure(small) -> None:
+    for file in (small / "Dataset999_Ellipses" / "nnUNetPlans_2d").glob("case_0[0-6].b2nd"):
+        break_image(file)
+    run = Run(small)
+    assert run.process.wait(60) == 1
+    assert "NotFiniteError: NaN or infinite values in the image of case_0" in run.output.read_text()
+    assert run.workers() == []
 
 
 @pytest.mark.faults
