@@ -198,6 +198,15 @@ def test_light_and_dark(opened):
     assert colours[1] < 60
 
 
+def test_a_narrow_window_scrolls_one_way_only(opened):
+    size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    root = "document.documentElement"
+    excess = opened.execute_script(f"return {root}.scrollWidth - {root}.clientWidth")
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert excess == 0
+
+
 def test_a_name_that_is_markup_is_text(opened, cases):
     name = "<script>alert(1)<!--"
     assert name in cases
