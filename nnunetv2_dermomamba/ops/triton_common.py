@@ -75,8 +75,12 @@ class Tile:
     @property
     def backward_scratch(self) -> int:
         """The same of the backward kernels: dy besides, and dB and dC, a partial sum of each for every warp."""
-        partial = max(1, self.DP // self.R // 8)
-        return self.P * (3 * self.DP + 2 * self.NP + partial * 2 * self.NP)
+        return self.P * (3 * self.DP + 2 * self.NP + self.parts * 2 * self.NP)
+
+    @property
+    def parts(self) -> int:
+        """Sums over channels that ``gradients`` leaves of dB and dC: one for each warp of a segment."""
+        return max(1, self.DP // self.R // 8)
 
     @property
     def saved_states(self) -> tuple[int, int]:
@@ -190,148 +194,92 @@ def _pack(a, b, c, d):
 
 
 @triton.jit
-def cells(row, step, ROWS: tl.constexpr):
-    """Offsets in the scratch of steps ``step`` of rows ``row`` (broadcast) of a quantity of ``ROWS`` rows."""
-    return step // 4 * (ROWS * 4) + row * 4 + step % 4
+def advance(h, delta, w, b, A2):
+    """States after each of four steps, ``h = a h + w B``."""
+    states = ()
+    for i in tl.static_range(4):
+        h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
+        states = states + (h,)  # noqa: RUF005  (kernels know no starred tuples)
+    return states
 
 
 @triton.jit
-def _rows(segment, index, S: tl.constexpr):
-    """Offsets ``[LANES, ..., 4]`` of the first four steps of each lane's rows."""
-    return ((index * S + segment) * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+def retreat(g, delta, dy, c, A2):
+    """Adjoint that leaves four steps towards their start, ``g = a (g + dy C)``."""
+    for i in tl.static_range(3, -1, -1):
+        g = (g + _pick(dy, i) * _pick(c, i)) * _exp2(_pick(delta, i) * A2)
+    return g
 
 
 @triton.jit
-def _output_rows(DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
-    """Offsets ``[S DP / R, R, 4]`` of the first four steps of each channel's rows."""
-    G: tl.constexpr = DP // R
-    group = tl.arange(0, S * G)[:, None, None]
-    channel = group % G + tl.arange(0, R)[None, :, None] * G
-    return (channel * S + group // G) * 4 + tl.arange(0, 4)[None, None, :]
+def sum_of_steps(delta):
+    """Sum of four steps, ``[LANES, R, 1]``."""
+    return _pick(delta, 0) + _pick(delta, 1) + _pick(delta, 2) + _pick(delta, 3)
 
 
 @triton.jit
-def walk_summary(
-    delta_ptr, v_ptr, m_ptr, h, total, A2, segment, channel, n,
-    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr
+def outputs(states, c, GROUPS: tl.constexpr, NL: tl.constexpr, R: tl.constexpr):
+    """``y = <C, h>`` of four steps, ``[GROUPS, R, 4]`` with ``GROUPS = S DP / R``."""
+    ys = ()
+    for i in tl.static_range(4):
+        ys = ys + (tl.sum(states[i] * _pick(c, i), axis=2),)  # noqa: RUF005
+    return tl.sum(_pack(ys[0], ys[1], ys[2], ys[3]).reshape(GROUPS, NL, R, 4), axis=1)
+
+
+@triton.jit
+def gradients(
+    g, dA, before, states, delta, w, b, c, dy, A2,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
-    """Carry a segment's state and the sum of its steps over ``SUB`` positions.
+    """Gradients of four steps, from the states before and after each and the adjoint ``g`` behind them.
 
-    Forward: ``h = a h + w B``. ADJOINT, from the last position to the first: ``g = a (g + dy C)``.
-    ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
-    """
-    row = _rows(segment, channel, S)
-    m_row = _rows(segment, n, S)
-    WAY: tl.constexpr = -1 if ADJOINT else 1
-    BEGIN: tl.constexpr = SUB - 4 if ADJOINT else 0
-    STEP: tl.constexpr = 3 if ADJOINT else 0
-    for at in tl.static_range(BEGIN, SUB - 4 - BEGIN + 4 * WAY, 4 * WAY):
-        delta = tl.load(delta_ptr + row + at * (S * DP))
-        v = tl.load(v_ptr + row + at * (S * DP))
-        m = tl.load(m_ptr + m_row + at * (S * NP))
-        for i in tl.static_range(STEP, 3 - STEP + WAY, WAY):
-            step = _pick(delta, i)
-            a = _exp2(step * A2)
-            if ADJOINT:  # noqa: SIM108
-                h = (h + _pick(v, i) * _pick(m, i)) * a
-            else:
-                h = h * a + _pick(v, i) * _pick(m, i)
-            total += step
-    return h, total
+    The decays never divide, so underflow is harmless.
 
-
-@triton.jit
-def walk_output(
-    delta_ptr, w_ptr, bc_ptr, saved_ptr, h, A2, segment, channel, n, saved,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    SUB: tl.constexpr, HOLD: tl.constexpr
-):  # fmt: skip
-    """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
-    row = _rows(segment, channel, S)
-    bc_row = _rows(segment, n, S)
-    y_row = _output_rows(DP, R, S)
-    for k in tl.static_range(SUB // 4):
-        if k * 4 % HOLD == 0:
-            tl.store(saved_ptr + k * 4 // HOLD * (S * DP * NP) + saved, h)
-        delta = tl.load(delta_ptr + row + k * 4 * (S * DP))
-        w = tl.load(w_ptr + row + k * 4 * (S * DP))
-        b = tl.load(bc_ptr + bc_row + k * 4 * (S * 2 * NP))
-        c = tl.load(bc_ptr + NP * S * 4 + bc_row + k * 4 * (S * 2 * NP))
-        ys = ()
-        for i in tl.static_range(4):
-            h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
-            ys = ys + (tl.sum(h * _pick(c, i), axis=2),)  # noqa: RUF005  (kernels know no starred tuples)
-        y = _pack(ys[0], ys[1], ys[2], ys[3]).reshape(S * (DP // R), NP // NN, R, 4)
-        tl.store(w_ptr + y_row + k * 4 * (S * DP), tl.sum(y, axis=1))
-    return h
-
-
-@triton.jit
-def walk_back(
-    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, saved_ptr, g, dA, A2, segment, channel, n, saved,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    SUB: tl.constexpr, HOLD: tl.constexpr
-):  # fmt: skip
-    """Gradients of every position, from the saved states and the adjoints ``g`` that enter at the segments' ends.
-
-    Writes ``sum_n g B`` over w, ``sum_n (g a h_before) A`` over dy and the sums over up to 8 groups of channels of dB
-    and dC, as rows of (segment, 8 groups, B and C), to ``dbc_ptr``; returns the adjoints that leave and the gradient of
-    A, added to ``dA``. The decays never divide, so underflow is harmless.
+    Returns:
+        The adjoint before them; ``dA`` with theirs added; of each step ``sum_n g B`` and ``sum_n (g a h_before) A``,
+        ``[S DP / R, R, 4]``; dB and dC, sums over up to 8 groups of channels, ``[PARTS NL, NN, 4]``.
     """
     NL: tl.constexpr = NP // NN
     G: tl.constexpr = DP // R
     E: tl.constexpr = G if G < 8 else 8
     PARTS: tl.constexpr = S * (G // E)
-    row = _rows(segment, channel, S)
-    bc_row = _rows(segment, n, S)
-    out_row = _output_rows(DP, R, S)
-    part = tl.arange(0, PARTS * NL)[:, None, None]
-    m = part // NL % (G // E) * (2 * NP) + part % NL + (tl.arange(0, NN) * NL)[None, :, None]
-    dbc_row = (m * S + part // NL // (G // E)) * 4 + tl.arange(0, 4)[None, None, :]
-    for back in range(SUB // HOLD):
-        first = SUB - HOLD - back * HOLD
-        h = tl.load(saved_ptr + first // HOLD * (S * DP * NP) + saved)
-        hs = (h,)
-        deltas = ()
-        ws = ()
-        bs = ()
-        for k in tl.static_range(HOLD // 4):
-            delta = tl.load(delta_ptr + row + (first + k * 4) * (S * DP))
-            w = tl.load(w_ptr + row + (first + k * 4) * (S * DP))
-            b = tl.load(bc_ptr + bc_row + (first + k * 4) * (S * 2 * NP))
-            deltas = deltas + (delta,)  # noqa: RUF005
-            ws = ws + (w,)  # noqa: RUF005
-            bs = bs + (b,)  # noqa: RUF005
-            for i in tl.static_range(4):
-                h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
-                hs = hs + (h,)  # noqa: RUF005
-        for k in tl.static_range(HOLD // 4 - 1, -1, -1):
-            dy = tl.load(dy_ptr + row + (first + k * 4) * (S * DP))
-            c = tl.load(bc_ptr + NP * S * 4 + bc_row + (first + k * 4) * (S * 2 * NP))
-            by_input = ()
-            by_decay = ()
-            dbs = ()
-            dcs = ()
-            for i in tl.static_range(3, -1, -1):
-                step = _pick(deltas[k], i)
-                dy_i = _pick(dy, i)
-                g += dy_i * _pick(c, i)
-                dcs = (tl.sum(dy_i * hs[k * 4 + i + 1], axis=1),) + dcs  # noqa: RUF005
-                dbs = (tl.sum(_pick(ws[k], i) * g, axis=1),) + dbs  # noqa: RUF005
-                by_input = (tl.sum(g * _pick(bs[k], i), axis=2),) + by_input  # noqa: RUF005
-                g *= _exp2(step * A2)
-                q = g * hs[k * 4 + i]
-                dA += q * step
-                by_decay = (tl.sum(q * A2, axis=2),) + by_decay  # noqa: RUF005
-            by_input = _pack(by_input[0], by_input[1], by_input[2], by_input[3]).reshape(S * G, NL, R, 4)
-            by_decay = _pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]).reshape(S * G, NL, R, 4)
-            db = tl.sum(_pack(dbs[0], dbs[1], dbs[2], dbs[3]).reshape(PARTS, E, NL, NN, 4), axis=1)
-            dc = tl.sum(_pack(dcs[0], dcs[1], dcs[2], dcs[3]).reshape(PARTS, E, NL, NN, 4), axis=1)
-            tl.store(w_ptr + out_row + (first + k * 4) * (S * DP), tl.sum(by_input, axis=1))
-            tl.store(dy_ptr + out_row + (first + k * 4) * (S * DP), tl.sum(by_decay, axis=1) * LN2)
-            tl.store(dbc_ptr + dbc_row + (first + k * 4) * (PARTS * 2 * NP), db.reshape(PARTS * NL, NN, 4))
-            tl.store(dbc_ptr + NP * S * 4 + dbc_row + (first + k * 4) * (PARTS * 2 * NP), dc.reshape(PARTS * NL, NN, 4))
-    return g, dA
+    by_input = ()
+    by_decay = ()
+    dbs = ()
+    dcs = ()
+    for i in tl.static_range(3, -1, -1):
+        step = _pick(delta, i)
+        dy_i = _pick(dy, i)
+        g += dy_i * _pick(c, i)
+        dcs = (tl.sum(dy_i * states[i], axis=1),) + dcs  # noqa: RUF005
+        dbs = (tl.sum(_pick(w, i) * g, axis=1),) + dbs  # noqa: RUF005
+        by_input = (tl.sum(g * _pick(b, i), axis=2),) + by_input  # noqa: RUF005
+        g *= _exp2(step * A2)
+        q = g * (states[i - 1] if i > 0 else before)
+        dA += q * step
+        by_decay = (tl.sum(q * A2, axis=2),) + by_decay  # noqa: RUF005
+    by_input = _pack(by_input[0], by_input[1], by_input[2], by_input[3]).reshape(S * G, NL, R, 4)
+    by_decay = _pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]).reshape(S * G, NL, R, 4)
+    db = tl.sum(_pack(dbs[0], dbs[1], dbs[2], dbs[3]).reshape(PARTS, E, NL, NN, 4), axis=1).reshape(PARTS * NL, NN, 4)
+    dc = tl.sum(_pack(dcs[0], dcs[1], dcs[2], dcs[3]).reshape(PARTS, E, NL, NN, 4), axis=1).reshape(PARTS * NL, NN, 4)
+    return g, dA, tl.sum(by_input, axis=1), tl.sum(by_decay, axis=1) * LN2, db, dc
+
+
+@triton.jit
+def channel_index(DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
+    """Segment ``[S DP / R, 1, 1]`` and channel ``[S DP / R, R, 1]`` of what leaves the walk for every channel."""
+    group = tl.arange(0, S * (DP // R))[:, None, None]
+    return group // (DP // R), group % (DP // R) + tl.arange(0, R)[None, :, None] * (DP // R)
+
+
+@triton.jit
+def state_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr):
+    """Segment and part ``[PARTS NL, 1, 1]`` and state ``[PARTS NL, NN, 1]`` of the sums over groups of channels."""
+    NL: tl.constexpr = NP // NN
+    PER_SEGMENT: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    row = tl.arange(0, S * PER_SEGMENT * NL)[:, None, None]
+    n = row % NL + tl.arange(0, NN)[None, :, None] * NL
+    return row // NL // PER_SEGMENT, row // NL % PER_SEGMENT, n
 
 
 @triton.jit

@@ -1,7 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the 1D selective scan, mamba-ssm's op: three forward launches, three backward.
+"""Triton kernels of the 1D selective scan, mamba-ssm's op: four forward launches, three backward.
 
-Each tensor is read once per launch in its own layout, time fastest, which is also that of the walk's rows.
+A work item is ``S`` adjacent chunks of one (sample, group, block of channels). Its lanes load what they need straight
+from the inputs, whose last axis is time: four steps of a channel or of a state in one load. Only the step sizes
+(bias and softplus), which all states of a channel share, are computed beforehand, once for all passes.
 See ``triton_common`` for the walk, ``docs/selective_scan.md`` for the floor and the measured times.
 """
 
@@ -17,268 +19,255 @@ from nnunetv2_dermomamba.ops.triton_common import (
     FORWARD_REGISTERS,
     MAX_BLOCK,
     Tile,
+    advance,
     ceil_div,
-    cells,
+    channel_index,
     chunk_count,
     combine,
-    launch,
+    gradients,
     load_decay,
+    outputs,
+    retreat,
     saved_index,
     softplus,
     softplus_slope,
+    state_index,
+    sum_of_steps,
     sum_over_segments,
     tile_for,
-    walk_back,
     walk_index,
-    walk_output,
-    walk_summary,
 )
 
 
 @triton.jit
-def _item(item, programs_per_row, blocks, group_dim, DP: tl.constexpr):
-    """(batch, group, block of channels, first channel, channels) and the position block of a work item."""
-    q = item % programs_per_row
-    rest = item // programs_per_row
-    block = rest % blocks
-    return q, block, rest // blocks, block * DP, tl.minimum(DP, group_dim - block * DP)
-
-
-@triton.jit
-def _sub_block(q, j, rows: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr):
-    """Index of each of ``rows S`` rows, the segments of one side by side, and positions ``[rows S, SUB]``."""
-    row = tl.arange(0, rows * S)
-    position = (q * (S * T) + j * SUB + row % S * T)[:, None] + tl.arange(0, SUB)[None, :]
-    return row // S, position
-
-
-@triton.jit
-def _load_delta(delta_ptr, bias_ptr, channel, at, mask, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
-    delta = tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)
+def step_sizes_kernel(
+    delta_ptr, bias_ptr, out_ptr, length, dim, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``softplus(delta + bias)`` in float32, of one channel's block of positions."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = position < length
+    delta = tl.load(delta_ptr + row * length + position, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        delta += tl.load(bias_ptr + channel)[:, None]
+        delta += tl.load(bias_ptr + row % dim)
     if SOFTPLUS:
         delta = softplus(delta)
-    return tl.where(mask, delta, 0.0)
+    tl.store(out_ptr + row * length + position, delta, mask=mask)
 
 
 @triton.jit
-def _copy_states(
-    source_ptr, row_ptr, base, length, N, q, j,
-    per_segment: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr
-):  # fmt: skip
-    """B or C of a sub-block, (N, length) in memory, to its rows of the scratch."""
-    n, position = _sub_block(q, j, NP, S, T, SUB)
-    mask = (n < N)[:, None] & (position < length)
-    tile = tl.load(source_ptr + base + n.to(tl.int64)[:, None] * length + position, mask=mask, other=0.0)
-    cell = cells(tl.arange(0, NP * S)[:, None], tl.arange(0, SUB)[None, :], S * per_segment)
-    tl.store(row_ptr + cell, tile.to(tl.float32))
+def _item(per_row, blocks, group_dim, DP: tl.constexpr):
+    """Position block, block of channels, (sample, group), first channel in its group, and channels of this program."""
+    item = tl.program_id(0)
+    q = item % per_row
+    block = item // per_row % blocks
+    return q, block, item // per_row // blocks, block * DP, tl.minimum(DP, group_dim - block * DP)
 
 
-@triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
+@triton.jit
+def _load_steps(ptr, row, position, length, keep):
+    """Four steps of each row, ``[..., 4]`` in float32; 0 behind the sequence's end."""
+    mask = keep[:, :, :, None] & (position < length)
+    return tl.load(ptr + row[:, :, :, None] * length + position, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _steps(q, segment, S: tl.constexpr, T: tl.constexpr):
+    """Positions ``[..., 1, 1, 4]`` of the first four steps of each segment."""
+    return (q * (S * T) + segment * T)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+
+
+@triton.jit
 def summary_kernel(
-    v_ptr, delta_ptr, A_ptr, M_ptr, bias_ptr, state_ptr, total_ptr, scratch_ptr,
-    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr,
+    v_ptr, delta_ptr, A_ptr, M_ptr, state_ptr, total_ptr,
+    length, dim, group_dim, N: tl.constexpr, groups, blocks, per_row, chunks, ADJOINT: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
+    T: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
-    """Summary of every chunk, stored where its successor (ADJOINT: predecessor) will read it."""
-    P: tl.constexpr = S * SUB
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
-    v_row = delta_row + P * DP
-    m_row = v_row + P * DP
-    cell = cells(tl.arange(0, DP * S)[:, None], tl.arange(0, SUB)[None, :], DP * S)
+    """Summary of every chunk, stored where its successor (ADJOINT: predecessor) will read it.
+
+    ``v`` is u, ``M`` is B; ADJOINT: dy and C.
+    """
     segment, channel, n = walk_index(DP, NP, R, NN, S)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        q, _, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
-        batch = (row // groups).to(tl.int64)
-        first += (row % groups) * group_dim
-        A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        state = tl.zeros_like(A2)
-        total = channel * 0.0
-        for step in range(T // SUB):
-            j = T // SUB - 1 - step if ADJOINT else step
-            c, position = _sub_block(q, j, DP, S, T, SUB)
-            mask = (c < d)[:, None] & (position < length)
-            at = (batch * dim + first + c)[:, None] * length + position
-            delta = _load_delta(delta_ptr, bias_ptr, first + tl.minimum(c, d - 1), at, mask, HAS_BIAS, SOFTPLUS)
-            v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            if not ADJOINT:
-                v *= delta
-            tl.store(delta_row + cell, delta)
-            tl.store(v_row + cell, v)
-            _copy_states(M_ptr, m_row, row.to(tl.int64) * N * length, length, N, q, j, NP, NP, S, T, SUB)
-            tl.debug_barrier()
-            state, total = walk_summary(
-                delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, S, SUB
-            )
-            tl.debug_barrier()
-        chunk = q * S + segment + (-1 if ADJOINT else 1)
-        keep = (chunk >= 0) & (chunk < chunks) & (channel < d)
-        entry = (batch * chunks + chunk) * dim + first + channel
-        tl.store(total_ptr + entry, total, mask=keep)
-        tl.store(state_ptr + entry * N + n, state, mask=keep & (n < N))
+    q, _, sequence, first, d = _item(per_row, blocks, group_dim, DP)
+    batch = (sequence // groups).to(tl.int64)
+    first += sequence % groups * group_dim
+    A2 = load_decay(A_ptr + first * N, channel, n, d, N)
+    row = batch * dim + first + channel
+    m_row = sequence.to(tl.int64) * N + n
+    start = _steps(q, segment, S, T)
+    state = tl.zeros_like(A2)
+    total = channel * 0.0
+    for j in range(T // HOLD):
+        for k in tl.static_range(HOLD // 4):
+            position = start + ((T - 4 - j * HOLD - k * 4) if ADJOINT else (j * HOLD + k * 4))
+            delta = _load_steps(delta_ptr, row, position, length, channel < d)
+            v = _load_steps(v_ptr, row, position, length, channel < d)
+            m = _load_steps(M_ptr, m_row, position, length, n < N)
+            if ADJOINT:  # noqa: SIM108
+                state = retreat(state, delta, v, m, A2)
+            else:
+                state = advance(state, delta, delta * v, m, A2)[3]
+            total += sum_of_steps(delta)
+    chunk = q * S + segment + (-1 if ADJOINT else 1)
+    keep = (chunk >= 0) & (chunk < chunks) & (channel < d)
+    entry = (batch * chunks + chunk) * dim + first + channel
+    tl.store(total_ptr + entry, total, mask=keep)
+    tl.store(state_ptr + entry * N + n, state, mask=keep & (n < N))
 
 
-@triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
+@triton.jit
 def forward_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, start_ptr, saved_ptr, y_ptr, scratch_ptr,
-    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
-    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, start_ptr, saved_ptr, y_ptr,
+    length, dim, group_dim, N: tl.constexpr, groups, blocks, per_row, chunks, HAS_D: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
+    T: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
-    """``y`` from the states that enter the chunks."""
-    P: tl.constexpr = S * SUB
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (2 * DP + 2 * NP))
-    w_row = delta_row + P * DP
-    bc_row = w_row + P * DP
-    cell = cells(tl.arange(0, DP * S)[:, None], tl.arange(0, SUB)[None, :], DP * S)
+    """``y`` from the states that enter the chunks; saves the states before every ``HOLD`` positions."""
     segment, channel, n = walk_index(DP, NP, R, NN, S)
-    saved = saved_index(DP, NP, R, NN, S)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        q, block, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
-        batch = (row // groups).to(tl.int64)
-        first += (row % groups) * group_dim
-        place = (row.to(tl.int64) * blocks + block) * programs_per_row + q
-        A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        entry = (batch * chunks + q * S + segment) * dim + first + channel
-        h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
-        for j in range(T // SUB):
-            c, position = _sub_block(q, j, DP, S, T, SUB)
-            mask = (c < d)[:, None] & (position < length)
-            at = (batch * dim + first + c)[:, None] * length + position
-            delta = _load_delta(delta_ptr, bias_ptr, first + tl.minimum(c, d - 1), at, mask, HAS_BIAS, SOFTPLUS)
-            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(delta_row + cell, delta)
-            tl.store(w_row + cell, delta * u)
-            _copy_states(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB)
-            _copy_states(
-                C_ptr, bc_row + NP * S * 4, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
-            )
-            tl.debug_barrier()
-            save = saved_ptr + (place * (T // HOLD) + j * (SUB // HOLD)) * (S * DP * NP)
-            h = walk_output(
-                delta_row, w_row, bc_row, save, h, A2, segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD
-            )
-            tl.debug_barrier()
-            y = tl.load(w_row + cell)
+    out_segment, out_channel = channel_index(DP, R, S)
+    q, _, sequence, first, d = _item(per_row, blocks, group_dim, DP)
+    batch = (sequence // groups).to(tl.int64)
+    first += sequence % groups * group_dim
+    A2 = load_decay(A_ptr + first * N, channel, n, d, N)
+    row = batch * dim + first + channel
+    m_row = sequence.to(tl.int64) * N + n
+    start = _steps(q, segment, S, T)
+    out_row = batch * dim + first + out_channel
+    out_start = q * (S * T) + out_segment * T + tl.arange(0, 4)[None, None, :]
+    if HAS_D:
+        skip = tl.load(D_ptr + first + out_channel, mask=out_channel < d, other=0.0)
+    entry = (batch * chunks + q * S + segment) * dim + first + channel
+    h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+    save = saved_ptr + tl.program_id(0).to(tl.int64) * (T // HOLD) * (S * DP * NP) + saved_index(DP, NP, R, NN, S)
+    for j in range(T // HOLD):
+        tl.store(save + j * (S * DP * NP), h)
+        for k in tl.static_range(HOLD // 4):
+            position = start + (j * HOLD + k * 4)
+            delta = _load_steps(delta_ptr, row, position, length, channel < d)
+            u = _load_steps(u_ptr, row, position, length, channel < d)
+            b = _load_steps(B_ptr, m_row, position, length, n < N)
+            c = _load_steps(C_ptr, m_row, position, length, n < N)
+            states = advance(h, delta, delta * u, b, A2)
+            h = states[3]
+            y = outputs(states, c, S * (DP // R), NP // NN, R)
+            out_position = out_start + (j * HOLD + k * 4)
+            out_mask = (out_channel < d) & (out_position < length)
             if HAS_D:
-                y += tl.load(D_ptr + first + c, mask=c < d, other=0.0)[:, None] * u
-            tl.store(y_ptr + at, y, mask=mask)
-            tl.debug_barrier()
+                y += skip * tl.load(u_ptr + out_row * length + out_position, mask=out_mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + out_row * length + out_position, y, mask=out_mask)
 
 
-@triton.jit(do_not_specialize=["items", "chunks", "programs_per_row"])
+@triton.jit
 def backward_kernel(
-    dy_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, saved_ptr, adjoint_ptr,
-    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, scratch_ptr,
-    items, length, dim, group_dim, N: tl.constexpr, groups, blocks, programs_per_row, chunks,
+    dy_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, saved_ptr, adjoint_ptr,
+    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr,
+    length, dim, group_dim, N: tl.constexpr, groups, blocks, per_row, chunks,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
+    T: tl.constexpr, HOLD: tl.constexpr
 ):  # fmt: skip
     """Gradients from the saved states and the adjoints that enter the chunks.
 
-    Those of A, D and the bias are partial, one row a (batch, position block); those of B and C one a block of channels.
+    Those of A, D and the bias are partial, one row a (sample, position block); those of B and C one a part of the
+    channels.
     """
-    P: tl.constexpr = S * SUB
     PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 2 * NP + PARTS * 2 * NP))
-    w_row = delta_row + P * DP
-    dy_row = w_row + P * DP
-    bc_row = dy_row + P * DP
-    dbc_row = bc_row + P * 2 * NP
-    cell = cells(tl.arange(0, DP * S)[:, None], tl.arange(0, SUB)[None, :], DP * S)
+    G: tl.constexpr = DP // R
     segment, channel, n = walk_index(DP, NP, R, NN, S)
-    saved = saved_index(DP, NP, R, NN, S)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        q, block, row, first, d = _item(item, programs_per_row, blocks, group_dim, DP)
-        batch = (row // groups).to(tl.int64)
-        first += (row % groups) * group_dim
-        place = (row.to(tl.int64) * blocks + block) * programs_per_row + q
-        A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-        entry = (batch * chunks + q * S + segment) * dim + first + channel
-        g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
-        dA = tl.zeros_like(A2)
-        dD = tl.zeros([S * DP], tl.float32)
-        dbias = tl.zeros([S * DP], tl.float32)
-        for back in range(T // SUB):
-            j = T // SUB - 1 - back
-            c, position = _sub_block(q, j, DP, S, T, SUB)
-            mask = (c < d)[:, None] & (position < length)
-            at = (batch * dim + first + c)[:, None] * length + position
-            delta = _load_delta(delta_ptr, bias_ptr, first + tl.minimum(c, d - 1), at, mask, HAS_BIAS, SOFTPLUS)
-            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(delta_row + cell, delta)
-            tl.store(w_row + cell, delta * u)
-            tl.store(dy_row + cell, dy)
-            _copy_states(B_ptr, bc_row, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB)
-            _copy_states(
-                C_ptr, bc_row + NP * S * 4, row.to(tl.int64) * N * length, length, N, q, j, 2 * NP, NP, S, T, SUB
+    out_segment, out_channel = channel_index(DP, R, S)
+    m_segment, m_part, m = state_index(DP, NP, R, NN, S)
+    q, block, sequence, first, d = _item(per_row, blocks, group_dim, DP)
+    batch = (sequence // groups).to(tl.int64)
+    first += sequence % groups * group_dim
+    A2 = load_decay(A_ptr + first * N, channel, n, d, N)
+    row = batch * dim + first + channel
+    m_row = sequence.to(tl.int64) * N + n
+    start = _steps(q, segment, S, T)
+    out_row = batch * dim + first + out_channel
+    out_start = q * (S * T) + out_segment * T + tl.arange(0, 4)[None, None, :]
+    sequences = (tl.num_programs(0) // per_row // blocks).to(tl.int64)
+    dm_row = ((block * PARTS + m_part) * sequences + sequence) * N + m
+    dm_start = q * (S * T) + m_segment * T + tl.arange(0, 4)[None, None, :]
+    if HAS_D:
+        skip = tl.load(D_ptr + first + out_channel, mask=out_channel < d, other=0.0)
+    entry = (batch * chunks + q * S + segment) * dim + first + channel
+    g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+    save = saved_ptr + tl.program_id(0).to(tl.int64) * (T // HOLD) * (S * DP * NP) + saved_index(DP, NP, R, NN, S)
+    dA = tl.zeros_like(A2)
+    dD = tl.zeros([S * G, R], tl.float32)
+    dbias = tl.zeros([S * G, R], tl.float32)
+    for back in range(T // HOLD):
+        j = T // HOLD - 1 - back
+        h = tl.load(save + j * (S * DP * NP))
+        deltas = ()
+        us = ()
+        bs = ()
+        befores = ()
+        states = ()
+        for k in tl.static_range(HOLD // 4):
+            position = start + (j * HOLD + k * 4)
+            delta = _load_steps(delta_ptr, row, position, length, channel < d)
+            u = _load_steps(u_ptr, row, position, length, channel < d)
+            b = _load_steps(B_ptr, m_row, position, length, n < N)
+            four = advance(h, delta, delta * u, b, A2)
+            deltas = deltas + (delta,)  # noqa: RUF005
+            us = us + (u,)  # noqa: RUF005
+            bs = bs + (b,)  # noqa: RUF005
+            befores = befores + (h,)  # noqa: RUF005
+            states = states + (four,)  # noqa: RUF005
+            h = four[3]
+        for k in tl.static_range(HOLD // 4 - 1, -1, -1):
+            position = start + (j * HOLD + k * 4)
+            dy = _load_steps(dy_ptr, row, position, length, channel < d)
+            c = _load_steps(C_ptr, m_row, position, length, n < N)
+            g, dA, by_input, by_decay, db, dc = gradients(
+                g, dA, befores[k], states[k], deltas[k], deltas[k] * us[k], bs[k], c, dy, A2, DP, NP, R, NN, S
             )
-            tl.debug_barrier()
-            save = saved_ptr + (place * (T // HOLD) + j * (SUB // HOLD)) * (S * DP * NP)
-            g, dA = walk_back(
-                delta_row, w_row, bc_row, dy_row, dbc_row, save, g, dA, A2, segment, channel, n, saved,
-                DP, NP, R, NN, S, SUB, HOLD
-            )  # fmt: skip
-            tl.debug_barrier()
-            delta = tl.load(delta_row + cell)
-            by_input = tl.load(w_row + cell)
-            by_decay = tl.load(dy_row + cell)
-            u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            du = delta * by_input
+            out_position = out_start + (j * HOLD + k * 4)
+            out_at = out_row * length + out_position
+            out_mask = (out_channel < d) & (out_position < length)
+            out_u = tl.load(u_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
+            out_delta = tl.load(delta_ptr + out_at, mask=out_mask, other=0.0)
+            du = out_delta * by_input
             if HAS_D:
-                dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                du += tl.load(D_ptr + first + c, mask=c < d, other=0.0)[:, None] * dy
-                dD += tl.sum(dy * u, axis=1)
-            ddelta = u * by_input + by_decay
+                out_dy = tl.load(dy_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
+                du += skip * out_dy
+                dD += tl.sum(out_dy * out_u, axis=2)
+            ddelta = out_u * by_input + by_decay
             if SOFTPLUS:
-                ddelta *= softplus_slope(delta)
+                ddelta *= softplus_slope(out_delta)
             if HAS_BIAS:
-                dbias += tl.sum(tl.where(mask, ddelta, 0.0), axis=1)
-            tl.store(du_ptr + at, du, mask=mask)
-            tl.store(ddelta_ptr + at, ddelta, mask=mask)
-            m, bc_position = _sub_block(q, j, NP, S, T, SUB)
-            part_cell = cells(tl.arange(0, NP * S)[:, None], tl.arange(0, SUB)[None, :], PARTS * 2 * NP * S)
-            db = tl.zeros([S * NP, SUB], tl.float32)
-            dc = tl.zeros([S * NP, SUB], tl.float32)
-            for i in tl.static_range(PARTS):
-                db += tl.load(dbc_row + i * (2 * NP * S * 4) + part_cell)
-                dc += tl.load(dbc_row + (i * 2 + 1) * (NP * S * 4) + part_cell)
-            sequences = (items // programs_per_row // blocks).to(tl.int64)
-            bc_at = ((block * sequences + row) * N + m)[:, None] * length + bc_position
-            bc_mask = (m < N)[:, None] & (bc_position < length)
-            tl.store(dB_ptr + bc_at, db, mask=bc_mask)
-            tl.store(dC_ptr + bc_at, dc, mask=bc_mask)
-            tl.debug_barrier()
-        part = batch * programs_per_row + q
-        dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
-        tl.store(dA_ptr + (part * dim + first + head) * N + state, dA, mask=(head < d) & (state < N))
-        head = tl.arange(0, DP)
-        if HAS_D:
-            dD = tl.sum(tl.reshape(dD, [DP, S]), axis=1)
-            tl.store(dD_ptr + part * dim + first + head, dD, mask=head < d)
-        if HAS_BIAS:
-            dbias = tl.sum(tl.reshape(dbias, [DP, S]), axis=1)
-            tl.store(dbias_ptr + part * dim + first + head, dbias, mask=head < d)
+                dbias += tl.sum(tl.where(out_mask, ddelta, 0.0), axis=2)
+            tl.store(du_ptr + out_at, du, mask=out_mask)
+            tl.store(ddelta_ptr + out_at, ddelta, mask=out_mask)
+            dm_position = dm_start + (j * HOLD + k * 4)
+            dm_mask = (m < N) & (dm_position < length)
+            tl.store(dB_ptr + dm_row * length + dm_position, db, mask=dm_mask)
+            tl.store(dC_ptr + dm_row * length + dm_position, dc, mask=dm_mask)
+    part = batch * per_row + q
+    dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
+    tl.store(dA_ptr + (part * dim + first + head) * N + state, dA, mask=(head < d) & (state < N))
+    head = tl.arange(0, G)[:, None] + tl.arange(0, R)[None, :] * G
+    if HAS_D:
+        tl.store(dD_ptr + part * dim + first + head, tl.sum(tl.reshape(dD, [S, G, R]), axis=0), mask=head < d)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + part * dim + first + head, tl.sum(tl.reshape(dbias, [S, G, R]), axis=0), mask=head < d)
 
 
 class _Plan:
-    """Sizes of one call, in the order in which every kernel takes them."""
+    """Sizes and constants of one call, in the order in which every kernel takes them."""
 
     def __init__(self, batch: int, dim: int, length: int, groups: int, state: int) -> None:
-        self.group_dim = dim // groups
-        self.tile: Tile = tile_for(min(self.group_dim, MAX_BLOCK), state, length)
-        self.blocks = ceil_div(self.group_dim, self.tile.DP)
+        group_dim = dim // groups
+        self.tile: Tile = tile_for(min(group_dim, MAX_BLOCK), state, length)
+        self.blocks = ceil_div(group_dim, self.tile.DP)
         self.per_row = ceil_div(length, self.tile.span)
         self.chunks = chunk_count(length, self.tile)
         self.items = batch * groups * self.blocks * self.per_row
-        sizes = (self.items, length, dim, self.group_dim, state, groups, self.blocks, self.per_row, self.chunks)
-        self.sizes = sizes
+        self.sizes = (length, dim, group_dim, state, groups, self.blocks, self.per_row, self.chunks)
+        self.constants = self.tile.constants()
+        del self.constants["SUB"]
 
 
 def _plan(u: Tensor, B: Tensor) -> _Plan:
@@ -292,21 +281,26 @@ def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
     return [plan.items, *plan.tile.saved_states]
 
 
-def _summaries(
-    v: Tensor, delta: Tensor, A: Tensor, M: Tensor, bias: Tensor | None, softplus: bool, adjoint: bool
-) -> Tensor:
-    plan, tile = _plan(delta, M), _plan(delta, M).tile
-    batch, dim, _ = delta.shape
-    shape = (batch, plan.chunks, dim, A.shape[1])
+def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    batch, dim, length = delta.shape
+    if bias is None and not softplus and delta.dtype == torch.float32:
+        return delta
+    out = torch.empty_like(delta, dtype=torch.float32)
+    block = min(1024, triton.next_power_of_2(length))
+    grid = (batch * dim, ceil_div(length, block))
+    step_sizes_kernel[grid](delta, bias, out, length, dim, bias is not None, softplus, block)
+    return out
+
+
+def _summaries(v: Tensor, delta: Tensor, A: Tensor, M: Tensor, adjoint: bool) -> Tensor:
+    plan = _plan(delta, M)
+    shape = (delta.shape[0], plan.chunks, *A.shape)
     if plan.chunks == 1:
         return A.new_zeros(shape)
-    state = A.new_empty(shape)
-    total = A.new_empty(shape[:3])
-    scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, FORWARD_REGISTERS)
-    summary_kernel[grid](
-        v, delta, A, M, bias, state, total, scratch, *plan.sizes,
-        HAS_BIAS=bias is not None, SOFTPLUS=softplus, ADJOINT=adjoint, **tile.constants(), **options
-    )  # fmt: skip
+    state, total = A.new_empty(shape), A.new_empty(shape[:3])
+    summary_kernel[(plan.items,)](
+        v, delta, A, M, state, total, *plan.sizes, ADJOINT=adjoint, maxnreg=FORWARD_REGISTERS, **plan.constants
+    )
     combine(state, total, A, 1, adjoint)
     return state
 
@@ -336,15 +330,15 @@ def scan_1d_forward(
     Returns:
         y (batch, dim, length) in float32, and the states saved for the backward pass (``states_shape_1d``).
     """
-    plan, tile = _plan(u, B), _plan(u, B).tile
+    plan = _plan(u, B)
     y = torch.empty_like(u, dtype=torch.float32)
     with torch.cuda.device_of(u):
-        starts = _summaries(u, delta, A, B, delta_bias, delta_softplus, False)
+        delta = _step_sizes(delta, delta_bias, delta_softplus)
+        starts = _summaries(u, delta, A, B, False)
         states = A.new_empty(states_shape_1d(u, A.shape[1], B.shape[1]))
-        scratch, grid, options = launch(A, plan.items, tile, tile.forward_scratch, FORWARD_REGISTERS)
-        forward_kernel[grid](
-            u, delta, A, B, C, D, delta_bias, starts, states, y, scratch, *plan.sizes,
-            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **tile.constants(), **options
+        forward_kernel[(plan.items,)](
+            u, delta, A, B, C, D, starts, states, y, *plan.sizes,
+            HAS_D=D is not None, maxnreg=FORWARD_REGISTERS, **plan.constants
         )  # fmt: skip
     return y, states
 
@@ -370,18 +364,18 @@ def scan_1d_backward(
     batch, dim, _ = u.shape
     parts = batch * plan.per_row
     with torch.cuda.device_of(u):
-        adjoints = _summaries(dy, delta, A, C, delta_bias, delta_softplus, True)
+        delta = _step_sizes(delta, delta_bias, delta_softplus)
+        adjoints = _summaries(dy, delta, A, C, True)
         du, ddelta = (torch.empty_like(u, dtype=torch.float32) for _ in range(2))
         dA = A.new_empty(parts, *A.shape)
-        dB, dC = (A.new_empty(plan.blocks, *B.shape) for _ in range(2))
+        dB, dC = (A.new_empty(plan.blocks * tile.parts, *B.shape) for _ in range(2))
         dD = None if D is None else A.new_empty(parts, dim)
         dbias = None if delta_bias is None else A.new_empty(parts, dim)
-        scratch, grid, options = launch(A, plan.items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
-        backward_kernel[grid](
-            dy, u, delta, A, B, C, D, delta_bias, states, adjoints,
-            du, ddelta, dA, dB, dC, dD, dbias, scratch, *plan.sizes,
-            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **tile.constants(), **options
+        backward_kernel[(plan.items,)](
+            dy, u, delta, A, B, C, D, states, adjoints, du, ddelta, dA, dB, dC, dD, dbias, *plan.sizes,
+            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
+            maxnreg=BACKWARD_REGISTERS, **plan.constants
         )  # fmt: skip
         missing = A.new_zeros(1, dim)
-    dB, dC = (m[0] if plan.blocks == 1 else m.sum(0) for m in (dB, dC))
+    dB, dC = (m[0] if len(m) == 1 else m.sum(0) for m in (dB, dC))
     return du, ddelta, dA.sum(0), dB, dC, *((missing if m is None else m).sum(0) for m in (dD, dbias))

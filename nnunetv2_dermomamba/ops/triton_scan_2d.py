@@ -20,20 +20,24 @@ from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
     FORWARD_REGISTERS,
     MAX_BLOCK,
+    advance,
     ceil_div,
+    channel_index,
     chunk_count,
     combine,
+    gradients,
     launch,
     load_decay,
+    outputs,
+    retreat,
     saved_index,
     softplus,
     softplus_slope,
+    state_index,
+    sum_of_steps,
     sum_over_segments,
     tile_for,
-    walk_back,
     walk_index,
-    walk_output,
-    walk_summary,
 )
 from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_forward, states_shape_1d
 
@@ -60,7 +64,7 @@ def _positions(
 
 @triton.jit
 def _cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
-    """``triton_common.cells`` of a sub-block as ``[S SUB, columns]``, so written that the compiler sees fours of steps."""
+    """Offsets in the scratch, ``[SUB / 4, per_segment, S, 4]``, of a sub-block's rows as ``[S SUB, columns]``."""
     r = tl.arange(0, S * SUB)[:, None]
     return r // 4 % (SUB // 4) * (S * per_segment * 4) + (col[None, :] * S + r // SUB) * 4 + r % 4
 
@@ -86,6 +90,112 @@ def _dot(a, b, acc):
 def _load_map(ptr, position, valid, col, d: tl.constexpr):
     mask = valid[:, None] & (col < d)[None, :]
     return tl.load(ptr + position[:, None] * d + col[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rows(segment, index, S: tl.constexpr):
+    """Offsets ``[..., 4]`` in the scratch of the first four steps of rows."""
+    return ((index * S + segment) * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+
+
+@triton.jit
+def _walk_summary(
+    delta_ptr, v_ptr, m_ptr, h, total, A2, segment, channel, n,
+    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr
+):  # fmt: skip
+    """Carry a segment's state and the sum of its steps over ``SUB`` positions; ADJOINT: from the last to the first.
+
+    ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
+    """
+    row = _rows(segment, channel, S)
+    m_row = _rows(segment, n, S)
+    WAY: tl.constexpr = -4 if ADJOINT else 4
+    BEGIN: tl.constexpr = SUB - 4 if ADJOINT else 0
+    for at in tl.static_range(BEGIN, SUB - 4 - BEGIN + WAY, WAY):
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        v = tl.load(v_ptr + row + at * (S * DP))
+        m = tl.load(m_ptr + m_row + at * (S * NP))
+        if ADJOINT:  # noqa: SIM108
+            h = retreat(h, delta, v, m, A2)
+        else:
+            h = advance(h, delta, v, m, A2)[3]
+        total += sum_of_steps(delta)
+    return h, total
+
+
+@triton.jit
+def _walk_output(
+    delta_ptr, w_ptr, bc_ptr, saved_ptr, h, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    SUB: tl.constexpr, HOLD: tl.constexpr
+):  # fmt: skip
+    """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
+    row = _rows(segment, channel, S)
+    bc_row = _rows(segment, n, S)
+    y_segment, y_channel = channel_index(DP, R, S)
+    y_row = (y_channel * S + y_segment) * 4 + tl.arange(0, 4)[None, None, :]
+    for at in tl.static_range(0, SUB, 4):
+        if at % HOLD == 0:
+            tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        w = tl.load(w_ptr + row + at * (S * DP))
+        b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))
+        c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
+        states = advance(h, delta, w, b, A2)
+        h = states[3]
+        tl.store(w_ptr + y_row + at * (S * DP), outputs(states, c, S * (DP // R), NP // NN, R))
+    return h
+
+
+@triton.jit
+def _walk_back(
+    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, saved_ptr, g, dA, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    SUB: tl.constexpr, HOLD: tl.constexpr
+):  # fmt: skip
+    """Gradients of every position, from the saved states and the adjoints ``g`` that enter at the segments' ends.
+
+    Writes those with respect to w over w, the decays' part of those with respect to delta over dy, and the partial
+    sums of dB and dC to ``dbc_ptr``; returns the adjoints that leave and the gradient of A, added to ``dA``.
+    """
+    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    row = _rows(segment, channel, S)
+    bc_row = _rows(segment, n, S)
+    t4 = tl.arange(0, 4)[None, None, :]
+    out_segment, out_channel = channel_index(DP, R, S)
+    out_row = (out_channel * S + out_segment) * 4 + t4
+    m_segment, m_part, m = state_index(DP, NP, R, NN, S)
+    dbc_row = ((m_part * (2 * NP) + m) * S + m_segment) * 4 + t4
+    for back in range(SUB // HOLD):
+        first = SUB - HOLD - back * HOLD
+        h = tl.load(saved_ptr + first // HOLD * (S * DP * NP) + saved)
+        deltas = ()
+        ws = ()
+        bs = ()
+        befores = ()
+        states = ()
+        for k in tl.static_range(0, HOLD, 4):
+            delta = tl.load(delta_ptr + row + (first + k) * (S * DP))
+            w = tl.load(w_ptr + row + (first + k) * (S * DP))
+            b = tl.load(bc_ptr + bc_row + (first + k) * (S * 2 * NP))
+            four = advance(h, delta, w, b, A2)
+            deltas = deltas + (delta,)  # noqa: RUF005  (kernels know no starred tuples)
+            ws = ws + (w,)  # noqa: RUF005
+            bs = bs + (b,)  # noqa: RUF005
+            befores = befores + (h,)  # noqa: RUF005
+            states = states + (four,)  # noqa: RUF005
+            h = four[3]
+        for k in tl.static_range(HOLD // 4 - 1, -1, -1):
+            dy = tl.load(dy_ptr + row + (first + k * 4) * (S * DP))
+            c = tl.load(bc_ptr + NP * S * 4 + bc_row + (first + k * 4) * (S * 2 * NP))
+            g, dA, by_input, by_decay, db, dc = gradients(
+                g, dA, befores[k], states[k], deltas[k], ws[k], bs[k], c, dy, A2, DP, NP, R, NN, S
+            )
+            tl.store(w_ptr + out_row + (first + k * 4) * (S * DP), by_input)
+            tl.store(dy_ptr + out_row + (first + k * 4) * (S * DP), by_decay)
+            tl.store(dbc_ptr + dbc_row + (first + k * 4) * (S * PARTS * 2 * NP), db)
+            tl.store(dbc_ptr + NP * S * 4 + dbc_row + (first + k * 4) * (S * PARTS * 2 * NP), dc)
+    return g, dA
 
 
 @triton.jit
@@ -154,7 +264,7 @@ def summary_2d_kernel(
                 dy = _load_map(dy_ptr + batch * length * d, position, valid, col, d)
                 tl.store(v_row + _cells(col, DP, S, SUB), dy)
             tl.debug_barrier()
-            state, total = walk_summary(
+            state, total = _walk_summary(
                 delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, S, SUB
             )
             tl.debug_barrier()
@@ -203,7 +313,7 @@ def forward_2d_kernel(
                     position, valid, d, DP, 2 * NP, KD, CB, S, SUB
                 )  # fmt: skip
                 tl.debug_barrier()
-                h = walk_output(
+                h = _walk_output(
                     delta_row, w_row, bc_row, save + j * (SUB // HOLD) * (S * DP * NP), h, A2, segment, channel, n,
                     saved, DP, NP, R, NN, S, SUB, HOLD
                 )  # fmt: skip
@@ -272,7 +382,7 @@ def backward_2d_kernel(
                 )  # fmt: skip
                 tl.store(dy_row + cell, _load_map(dy_map, position, valid, col, d))
                 tl.debug_barrier()
-                g, dA = walk_back(
+                g, dA = _walk_back(
                     delta_row, w_row, bc_row, dy_row, dbc_row, save + j * (SUB // HOLD) * (S * DP * NP), g, dA, A2,
                     segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD
                 )  # fmt: skip
