@@ -62,14 +62,16 @@ def test_five_folds_one_requeued_then_the_best_configuration(tmp_path: Path) -> 
         options = ["--gres=none", "--cpus-per-task=1", "--time=20"]
         job = run("sbatch", "--parsable", *options, str(SCRIPT), "118", TRAINER, "-device", "cpu").strip()
         wait_for((tmp_path / "waiting").exists, 120, logs)
-        run("scancel", "--batch", "--signal=TERM", f"{job}_0")
+        # It may ask again while the job ends, and then fails with "already done".
+        subprocess.run(["scancel", "--batch", "--signal=TERM", f"{job}_0"], env=environment, check=False)
         wait_for(lambda: "(BeginTime)" in run("squeue"), 120, logs)
         run("scontrol", "update", f"JobId={job}_0", "StartTime=now")  # Slurm has a requeued job wait two minutes
         wait_for(lambda: run("squeue", "--noheader") == "", 500, logs)
 
         first = (tmp_path / f"dermomamba_{job}_0.log").read_text()
         assert "Stopped by SIGTERM" in first
-        assert first.count("Epoch 0") == 1, "the second run goes on within the epoch"
+        assert first.count("Training done.") == 1
+        assert "no checkpoint available to continue from" not in first.partition("Stopped by SIGTERM")[2]
         results = tmp_path / "nnUNet_results" / DATASET / f"{TRAINER}__nnUNetPlans__2d"
         for fold in range(5):
             assert (results / f"fold_{fold}" / "checkpoint_final.pth").exists(), logs()
