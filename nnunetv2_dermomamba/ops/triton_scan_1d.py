@@ -98,17 +98,16 @@ def summary_kernel(
     start = _steps(q, segment, S, T)
     state = tl.zeros_like(A2)
     total = channel * 0.0
-    for j in range(T // HOLD):
-        for k in tl.static_range(HOLD // 4):
-            position = start + ((T - 4 - j * HOLD - k * 4) if ADJOINT else (j * HOLD + k * 4))
-            delta = _load_steps(delta_ptr, row, position, length, channel < d)
-            v = _load_steps(v_ptr, row, position, length, channel < d)
-            m = _load_steps(M_ptr, m_row, position, length, n < N)
-            if ADJOINT:  # noqa: SIM108
-                state = retreat(state, delta, v, m, A2)
-            else:
-                state = advance(state, delta, delta * v, m, A2)[3]
-            total += sum_of_steps(delta)
+    for j in range(T // 4):
+        position = start + ((T - 4 - j * 4) if ADJOINT else j * 4)
+        delta = _load_steps(delta_ptr, row, position, length, channel < d)
+        v = _load_steps(v_ptr, row, position, length, channel < d)
+        m = _load_steps(M_ptr, m_row, position, length, n < N)
+        if ADJOINT:  # noqa: SIM108
+            state = retreat(state, delta, v, m, A2)
+        else:
+            state = advance(state, delta, delta * v, m, A2)[3]
+        total += sum_of_steps(delta)
     chunk = q * S + segment + (-1 if ADJOINT else 1)
     keep = (chunk >= 0) & (chunk < chunks) & (channel < d)
     entry = (batch * chunks + chunk) * dim + first + channel
@@ -140,22 +139,22 @@ def forward_kernel(
     entry = (batch * chunks + q * S + segment) * dim + first + channel
     h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
     save = saved_ptr + tl.program_id(0).to(tl.int64) * (T // HOLD) * (S * DP * NP) + saved_index(DP, NP, R, NN, S)
-    for j in range(T // HOLD):
-        tl.store(save + j * (S * DP * NP), h)
-        for k in tl.static_range(HOLD // 4):
-            position = start + (j * HOLD + k * 4)
-            delta = _load_steps(delta_ptr, row, position, length, channel < d)
-            u = _load_steps(u_ptr, row, position, length, channel < d)
-            b = _load_steps(B_ptr, m_row, position, length, n < N)
-            c = _load_steps(C_ptr, m_row, position, length, n < N)
-            states = advance(h, delta, delta * u, b, A2)
-            h = states[3]
-            y = outputs(states, c, S * (DP // R), NP // NN, R)
-            out_position = out_start + (j * HOLD + k * 4)
-            out_mask = (out_channel < d) & (out_position < length)
-            if HAS_D:
-                y += skip * tl.load(u_ptr + out_row * length + out_position, mask=out_mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + out_row * length + out_position, y, mask=out_mask)
+    for j in range(T // 4):
+        if j % (HOLD // 4) == 0:
+            tl.store(save + j // (HOLD // 4) * (S * DP * NP), h)
+        position = start + j * 4
+        delta = _load_steps(delta_ptr, row, position, length, channel < d)
+        u = _load_steps(u_ptr, row, position, length, channel < d)
+        b = _load_steps(B_ptr, m_row, position, length, n < N)
+        c = _load_steps(C_ptr, m_row, position, length, n < N)
+        states = advance(h, delta, delta * u, b, A2)
+        h = states[3]
+        y = outputs(states, c, S * (DP // R), NP // NN, R)
+        out_position = out_start + j * 4
+        out_mask = (out_channel < d) & (out_position < length)
+        if HAS_D:
+            y += skip * tl.load(u_ptr + out_row * length + out_position, mask=out_mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + out_row * length + out_position, y, mask=out_mask)
 
 
 @triton.jit
@@ -197,54 +196,46 @@ def backward_kernel(
     dA = tl.zeros_like(A2)
     dD = tl.zeros([S * G, R], tl.float32)
     dbias = tl.zeros([S * G, R], tl.float32)
-    for back in range(T // HOLD):
-        j = T // HOLD - 1 - back
-        h = tl.load(save + j * (S * DP * NP))
-        deltas = ()
-        us = ()
-        bs = ()
-        befores = ()
-        states = ()
-        for k in tl.static_range(HOLD // 4):
-            position = start + (j * HOLD + k * 4)
+    for back in range(T // 4):
+        j = T // 4 - 1 - back
+        h = tl.load(save + j // (HOLD // 4) * (S * DP * NP))
+        for k in range(j // (HOLD // 4) * (HOLD // 4), j):
+            position = start + k * 4
             delta = _load_steps(delta_ptr, row, position, length, channel < d)
             u = _load_steps(u_ptr, row, position, length, channel < d)
             b = _load_steps(B_ptr, m_row, position, length, n < N)
-            four = advance(h, delta, delta * u, b, A2)
-            deltas = deltas + (delta,)  # noqa: RUF005
-            us = us + (u,)  # noqa: RUF005
-            bs = bs + (b,)  # noqa: RUF005
-            befores = befores + (h,)  # noqa: RUF005
-            states = states + (four,)  # noqa: RUF005
-            h = four[3]
-        for k in tl.static_range(HOLD // 4 - 1, -1, -1):
-            position = start + (j * HOLD + k * 4)
-            dy = _load_steps(dy_ptr, row, position, length, channel < d)
-            c = _load_steps(C_ptr, m_row, position, length, n < N)
-            g, dA, by_input, by_decay, db, dc = gradients(
-                g, dA, befores[k], states[k], deltas[k], deltas[k] * us[k], bs[k], c, dy, A2, DP, NP, R, NN, S
-            )
-            out_position = out_start + (j * HOLD + k * 4)
-            out_at = out_row * length + out_position
-            out_mask = (out_channel < d) & (out_position < length)
-            out_u = tl.load(u_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
-            out_delta = tl.load(delta_ptr + out_at, mask=out_mask, other=0.0)
-            du = out_delta * by_input
-            if HAS_D:
-                out_dy = tl.load(dy_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
-                du += skip * out_dy
-                dD += tl.sum(out_dy * out_u, axis=2)
-            ddelta = out_u * by_input + by_decay
-            if SOFTPLUS:
-                ddelta *= softplus_slope(out_delta)
-            if HAS_BIAS:
-                dbias += tl.sum(tl.where(out_mask, ddelta, 0.0), axis=2)
-            tl.store(du_ptr + out_at, du, mask=out_mask)
-            tl.store(ddelta_ptr + out_at, ddelta, mask=out_mask)
-            dm_position = dm_start + (j * HOLD + k * 4)
-            dm_mask = (m < N) & (dm_position < length)
-            tl.store(dB_ptr + dm_row * length + dm_position, db, mask=dm_mask)
-            tl.store(dC_ptr + dm_row * length + dm_position, dc, mask=dm_mask)
+            h = advance(h, delta, delta * u, b, A2)[3]
+        position = start + j * 4
+        delta = _load_steps(delta_ptr, row, position, length, channel < d)
+        u = _load_steps(u_ptr, row, position, length, channel < d)
+        b = _load_steps(B_ptr, m_row, position, length, n < N)
+        states = advance(h, delta, delta * u, b, A2)
+        dy = _load_steps(dy_ptr, row, position, length, channel < d)
+        c = _load_steps(C_ptr, m_row, position, length, n < N)
+        g, dA, by_input, by_decay, db, dc = gradients(
+            g, dA, h, states, delta, delta * u, b, c, dy, A2, DP, NP, R, NN, S
+        )
+        out_position = out_start + j * 4
+        out_at = out_row * length + out_position
+        out_mask = (out_channel < d) & (out_position < length)
+        out_u = tl.load(u_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
+        out_delta = tl.load(delta_ptr + out_at, mask=out_mask, other=0.0)
+        du = out_delta * by_input
+        if HAS_D:
+            out_dy = tl.load(dy_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
+            du += skip * out_dy
+            dD += tl.sum(out_dy * out_u, axis=2)
+        ddelta = out_u * by_input + by_decay
+        if SOFTPLUS:
+            ddelta *= softplus_slope(out_delta)
+        if HAS_BIAS:
+            dbias += tl.sum(tl.where(out_mask, ddelta, 0.0), axis=2)
+        tl.store(du_ptr + out_at, du, mask=out_mask)
+        tl.store(ddelta_ptr + out_at, ddelta, mask=out_mask)
+        dm_position = dm_start + j * 4
+        dm_mask = (m < N) & (dm_position < length)
+        tl.store(dB_ptr + dm_row * length + dm_position, db, mask=dm_mask)
+        tl.store(dC_ptr + dm_row * length + dm_position, dc, mask=dm_mask)
     part = batch * per_row + q
     dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
     tl.store(dA_ptr + (part * dim + first + head) * N + state, dA, mask=(head < d) & (state < N))

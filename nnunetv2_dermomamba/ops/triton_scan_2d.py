@@ -109,9 +109,8 @@ def _walk_summary(
     """
     row = _rows(segment, channel, S)
     m_row = _rows(segment, n, S)
-    WAY: tl.constexpr = -4 if ADJOINT else 4
-    BEGIN: tl.constexpr = SUB - 4 if ADJOINT else 0
-    for at in tl.static_range(BEGIN, SUB - 4 - BEGIN + WAY, WAY):
+    for k in range(SUB // 4):
+        at = (SUB - 4 - k * 4) if ADJOINT else k * 4
         delta = tl.load(delta_ptr + row + at * (S * DP))
         v = tl.load(v_ptr + row + at * (S * DP))
         m = tl.load(m_ptr + m_row + at * (S * NP))
@@ -134,7 +133,8 @@ def _walk_output(
     bc_row = _rows(segment, n, S)
     y_segment, y_channel = channel_index(DP, R, S)
     y_row = (y_channel * S + y_segment) * 4 + tl.arange(0, 4)[None, None, :]
-    for at in tl.static_range(0, SUB, 4):
+    for k in range(SUB // 4):
+        at = k * 4
         if at % HOLD == 0:
             tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
         delta = tl.load(delta_ptr + row + at * (S * DP))
@@ -166,35 +166,25 @@ def _walk_back(
     out_row = (out_channel * S + out_segment) * 4 + t4
     m_segment, m_part, m = state_index(DP, NP, R, NN, S)
     dbc_row = ((m_part * (2 * NP) + m) * S + m_segment) * 4 + t4
-    for back in range(SUB // HOLD):
-        first = SUB - HOLD - back * HOLD
-        h = tl.load(saved_ptr + first // HOLD * (S * DP * NP) + saved)
-        deltas = ()
-        ws = ()
-        bs = ()
-        befores = ()
-        states = ()
-        for k in tl.static_range(0, HOLD, 4):
-            delta = tl.load(delta_ptr + row + (first + k) * (S * DP))
-            w = tl.load(w_ptr + row + (first + k) * (S * DP))
-            b = tl.load(bc_ptr + bc_row + (first + k) * (S * 2 * NP))
-            four = advance(h, delta, w, b, A2)
-            deltas = deltas + (delta,)  # noqa: RUF005  (kernels know no starred tuples)
-            ws = ws + (w,)  # noqa: RUF005
-            bs = bs + (b,)  # noqa: RUF005
-            befores = befores + (h,)  # noqa: RUF005
-            states = states + (four,)  # noqa: RUF005
-            h = four[3]
-        for k in tl.static_range(HOLD // 4 - 1, -1, -1):
-            dy = tl.load(dy_ptr + row + (first + k * 4) * (S * DP))
-            c = tl.load(bc_ptr + NP * S * 4 + bc_row + (first + k * 4) * (S * 2 * NP))
-            g, dA, by_input, by_decay, db, dc = gradients(
-                g, dA, befores[k], states[k], deltas[k], ws[k], bs[k], c, dy, A2, DP, NP, R, NN, S
-            )
-            tl.store(w_ptr + out_row + (first + k * 4) * (S * DP), by_input)
-            tl.store(dy_ptr + out_row + (first + k * 4) * (S * DP), by_decay)
-            tl.store(dbc_ptr + dbc_row + (first + k * 4) * (S * PARTS * 2 * NP), db)
-            tl.store(dbc_ptr + NP * S * 4 + dbc_row + (first + k * 4) * (S * PARTS * 2 * NP), dc)
+    for back in range(SUB // 4):
+        at = SUB - 4 - back * 4
+        h = tl.load(saved_ptr + at // HOLD * (S * DP * NP) + saved)
+        for k in range(at // HOLD * HOLD, at, 4):
+            delta = tl.load(delta_ptr + row + k * (S * DP))
+            w = tl.load(w_ptr + row + k * (S * DP))
+            b = tl.load(bc_ptr + bc_row + k * (S * 2 * NP))
+            h = advance(h, delta, w, b, A2)[3]
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        w = tl.load(w_ptr + row + at * (S * DP))
+        b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))
+        states = advance(h, delta, w, b, A2)
+        dy = tl.load(dy_ptr + row + at * (S * DP))
+        c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
+        g, dA, by_input, by_decay, db, dc = gradients(g, dA, h, states, delta, w, b, c, dy, A2, DP, NP, R, NN, S)
+        tl.store(w_ptr + out_row + at * (S * DP), by_input)
+        tl.store(dy_ptr + out_row + at * (S * DP), by_decay)
+        tl.store(dbc_ptr + dbc_row + at * (S * PARTS * 2 * NP), db)
+        tl.store(dbc_ptr + NP * S * 4 + dbc_row + at * (S * PARTS * 2 * NP), dc)
     return g, dA
 
 
