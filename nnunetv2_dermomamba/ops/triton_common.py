@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, misc"
+# (misc: kernels build tuples in unrolled loops, whose lengths mypy does not follow)
 """What the 1D and the 2D Triton scan share: tile shapes, the serial walks over rows, the scan over chunks.
 
 A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side, a

@@ -65,10 +65,21 @@ def _item(per_row, blocks, group_dim, DP: tl.constexpr):
 
 
 @triton.jit
-def _load_steps(ptr, row, position, length, keep):
-    """Four steps of each row, ``[..., 4]`` in float32; 0 behind the sequence's end."""
+def _load_steps(ptr, row, position, length, keep, EXACT: tl.constexpr):
+    """Four steps of each row, ``[..., 4]`` in float32; 0 behind the sequence's end and in rows not to keep.
+
+    EXACT: there is nothing of that kind, so nothing is compared.
+    """
+    at = row[:, :, :, None] * length + position
+    if EXACT:
+        return tl.load(ptr + at).to(tl.float32)
     mask = keep[:, :, :, None] & (position < length)
-    return tl.load(ptr + row[:, :, :, None] * length + position, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load(ptr, mask):
+    return (tl.load(ptr) if mask is None else tl.load(ptr, mask=mask, other=0.0)).to(tl.float32)
 
 
 @triton.jit
@@ -82,7 +93,7 @@ def summary_kernel(
     v_ptr, delta_ptr, A_ptr, M_ptr, state_ptr, total_ptr,
     length, dim, group_dim, N: tl.constexpr, groups, blocks, per_row, chunks, ADJOINT: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    T: tl.constexpr, HOLD: tl.constexpr
+    T: tl.constexpr, HOLD: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
     """Summary of every chunk, stored where its successor (ADJOINT: predecessor) will read it.
 
@@ -93,16 +104,16 @@ def summary_kernel(
     batch = (sequence // groups).to(tl.int64)
     first += sequence % groups * group_dim
     A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-    row = batch * dim + first + channel
-    m_row = sequence.to(tl.int64) * N + n
+    base = (batch * dim + first) * length  # of 64 bits; offsets from it have 32
+    m_base = sequence.to(tl.int64) * N * length
     start = _steps(q, segment, S, T)
     state = tl.zeros_like(A2)
     total = channel * 0.0
     for j in range(T // 4):
         position = start + ((T - 4 - j * 4) if ADJOINT else j * 4)
-        delta = _load_steps(delta_ptr, row, position, length, channel < d)
-        v = _load_steps(v_ptr, row, position, length, channel < d)
-        m = _load_steps(M_ptr, m_row, position, length, n < N)
+        delta = _load_steps(delta_ptr + base, channel, position, length, channel < d, EXACT)
+        v = _load_steps(v_ptr + base, channel, position, length, channel < d, EXACT)
+        m = _load_steps(M_ptr + m_base, n, position, length, n < N, EXACT)
         if ADJOINT:  # noqa: SIM108
             state = retreat(state, delta, v, m, A2)
         else:
@@ -120,7 +131,7 @@ def forward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, start_ptr, saved_ptr, y_ptr,
     length, dim, group_dim, N: tl.constexpr, groups, blocks, per_row, chunks, HAS_D: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    T: tl.constexpr, HOLD: tl.constexpr
+    T: tl.constexpr, HOLD: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
     """``y`` from the states that enter the chunks; saves the states before every ``HOLD`` positions."""
     segment, channel, n = walk_index(DP, NP, R, NN, S)
@@ -129,10 +140,9 @@ def forward_kernel(
     batch = (sequence // groups).to(tl.int64)
     first += sequence % groups * group_dim
     A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-    row = batch * dim + first + channel
-    m_row = sequence.to(tl.int64) * N + n
+    base = (batch * dim + first) * length  # of 64 bits; offsets from it have 32
+    m_base = sequence.to(tl.int64) * N * length
     start = _steps(q, segment, S, T)
-    out_row = batch * dim + first + out_channel
     out_start = q * (S * T) + out_segment * T + tl.arange(0, 4)[None, None, :]
     if HAS_D:
         skip = tl.load(D_ptr + first + out_channel, mask=out_channel < d, other=0.0)
@@ -143,18 +153,19 @@ def forward_kernel(
         if j % (HOLD // 4) == 0:
             tl.store(save + j // (HOLD // 4) * (S * DP * NP), h)
         position = start + j * 4
-        delta = _load_steps(delta_ptr, row, position, length, channel < d)
-        u = _load_steps(u_ptr, row, position, length, channel < d)
-        b = _load_steps(B_ptr, m_row, position, length, n < N)
-        c = _load_steps(C_ptr, m_row, position, length, n < N)
+        delta = _load_steps(delta_ptr + base, channel, position, length, channel < d, EXACT)
+        u = _load_steps(u_ptr + base, channel, position, length, channel < d, EXACT)
+        b = _load_steps(B_ptr + m_base, n, position, length, n < N, EXACT)
+        c = _load_steps(C_ptr + m_base, n, position, length, n < N, EXACT)
         states = advance(h, delta, delta * u, b, A2)
         h = states[3]
         y = outputs(states, c, S * (DP // R), NP // NN, R)
         out_position = out_start + j * 4
-        out_mask = (out_channel < d) & (out_position < length)
+        out_at = out_channel * length + out_position
+        out_mask = (out_channel < d) & (out_position < length) if not EXACT else None
         if HAS_D:
-            y += skip * tl.load(u_ptr + out_row * length + out_position, mask=out_mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + out_row * length + out_position, y, mask=out_mask)
+            y += skip * _load(u_ptr + base + out_at, out_mask)
+        tl.store(y_ptr + base + out_at, y, mask=out_mask)
 
 
 @triton.jit
@@ -164,7 +175,7 @@ def backward_kernel(
     length, dim, group_dim, N: tl.constexpr, groups, blocks, per_row, chunks,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    T: tl.constexpr, HOLD: tl.constexpr
+    T: tl.constexpr, HOLD: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
     """Gradients from the saved states and the adjoints that enter the chunks.
 
@@ -180,13 +191,13 @@ def backward_kernel(
     batch = (sequence // groups).to(tl.int64)
     first += sequence % groups * group_dim
     A2 = load_decay(A_ptr + first * N, channel, n, d, N)
-    row = batch * dim + first + channel
-    m_row = sequence.to(tl.int64) * N + n
+    base = (batch * dim + first) * length  # of 64 bits; offsets from it have 32
+    m_base = sequence.to(tl.int64) * N * length
     start = _steps(q, segment, S, T)
-    out_row = batch * dim + first + out_channel
     out_start = q * (S * T) + out_segment * T + tl.arange(0, 4)[None, None, :]
     sequences = (tl.num_programs(0) // per_row // blocks).to(tl.int64)
-    dm_row = ((block * PARTS + m_part) * sequences + sequence) * N + m
+    dm_base = (block * PARTS * sequences + sequence) * N * length
+    dm_row = m_part * sequences * N + m
     dm_start = q * (S * T) + m_segment * T + tl.arange(0, 4)[None, None, :]
     if HAS_D:
         skip = tl.load(D_ptr + first + out_channel, mask=out_channel < d, other=0.0)
@@ -201,41 +212,41 @@ def backward_kernel(
         h = tl.load(save + j // (HOLD // 4) * (S * DP * NP))
         for k in range(j // (HOLD // 4) * (HOLD // 4), j):
             position = start + k * 4
-            delta = _load_steps(delta_ptr, row, position, length, channel < d)
-            u = _load_steps(u_ptr, row, position, length, channel < d)
-            b = _load_steps(B_ptr, m_row, position, length, n < N)
+            delta = _load_steps(delta_ptr + base, channel, position, length, channel < d, EXACT)
+            u = _load_steps(u_ptr + base, channel, position, length, channel < d, EXACT)
+            b = _load_steps(B_ptr + m_base, n, position, length, n < N, EXACT)
             h = advance(h, delta, delta * u, b, A2)[3]
         position = start + j * 4
-        delta = _load_steps(delta_ptr, row, position, length, channel < d)
-        u = _load_steps(u_ptr, row, position, length, channel < d)
-        b = _load_steps(B_ptr, m_row, position, length, n < N)
+        delta = _load_steps(delta_ptr + base, channel, position, length, channel < d, EXACT)
+        u = _load_steps(u_ptr + base, channel, position, length, channel < d, EXACT)
+        b = _load_steps(B_ptr + m_base, n, position, length, n < N, EXACT)
         states = advance(h, delta, delta * u, b, A2)
-        dy = _load_steps(dy_ptr, row, position, length, channel < d)
-        c = _load_steps(C_ptr, m_row, position, length, n < N)
+        dy = _load_steps(dy_ptr + base, channel, position, length, channel < d, EXACT)
+        c = _load_steps(C_ptr + m_base, n, position, length, n < N, EXACT)
         g, dA, by_input, by_decay, db, dc = gradients(
             g, dA, h, states, delta, delta * u, b, c, dy, A2, DP, NP, R, NN, S
         )
         out_position = out_start + j * 4
-        out_at = out_row * length + out_position
-        out_mask = (out_channel < d) & (out_position < length)
-        out_u = tl.load(u_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
-        out_delta = tl.load(delta_ptr + out_at, mask=out_mask, other=0.0)
+        out_at = out_channel * length + out_position
+        out_mask = (out_channel < d) & (out_position < length) if not EXACT else None
+        out_u = _load(u_ptr + base + out_at, out_mask)
+        out_delta = _load(delta_ptr + base + out_at, out_mask)
         du = out_delta * by_input
         if HAS_D:
-            out_dy = tl.load(dy_ptr + out_at, mask=out_mask, other=0.0).to(tl.float32)
+            out_dy = _load(dy_ptr + base + out_at, out_mask)
             du += skip * out_dy
             dD += tl.sum(out_dy * out_u, axis=2)
         ddelta = out_u * by_input + by_decay
         if SOFTPLUS:
             ddelta *= softplus_slope(out_delta)
         if HAS_BIAS:
-            dbias += tl.sum(tl.where(out_mask, ddelta, 0.0), axis=2)
-        tl.store(du_ptr + out_at, du, mask=out_mask)
-        tl.store(ddelta_ptr + out_at, ddelta, mask=out_mask)
+            dbias += tl.sum(ddelta if EXACT else tl.where(out_mask, ddelta, 0.0), axis=2)
+        tl.store(du_ptr + base + out_at, du, mask=out_mask)
+        tl.store(ddelta_ptr + base + out_at, ddelta, mask=out_mask)
         dm_position = dm_start + j * 4
-        dm_mask = (m < N) & (dm_position < length)
-        tl.store(dB_ptr + dm_row * length + dm_position, db, mask=dm_mask)
-        tl.store(dC_ptr + dm_row * length + dm_position, dc, mask=dm_mask)
+        dm_mask = (m < N) & (dm_position < length) if not EXACT else None
+        tl.store(dB_ptr + dm_base + dm_row * length + dm_position, db, mask=dm_mask)
+        tl.store(dC_ptr + dm_base + dm_row * length + dm_position, dc, mask=dm_mask)
     part = batch * per_row + q
     dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
     tl.store(dA_ptr + (part * dim + first + head) * N + state, dA, mask=(head < d) & (state < N))
@@ -259,6 +270,8 @@ class _Plan:
         self.sizes = (length, dim, group_dim, state, groups, self.blocks, self.per_row, self.chunks)
         self.constants = self.tile.constants()
         del self.constants["SUB"]
+        whole = length % self.tile.span == 0 and group_dim % self.tile.DP == 0 and state == self.tile.NP
+        self.constants["EXACT"] = whole
 
 
 def _plan(u: Tensor, B: Tensor) -> _Plan:
