@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from nnunetv2_dermomamba.predict.options import add_model_arguments
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         photos = find_photos(args.i, args.o)
+        _check_writable(args.o)
     except (InputError, OSError) as error:
         return _fail(error)
 
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             step_size=args.step_size,
             trust=args.trust,
         )
-    except (ModelError, RuntimeError) as error:  # PyTorch's, if the device is not there
+    except (ModelError, RuntimeError) as error:  # the device is not there, or its memory is too small
         return _fail(error)
     model = predictor.model
     print(
@@ -121,6 +123,24 @@ def run(args: argparse.Namespace) -> int:
     if report.failed:
         print(f"{len(report.failed)} photographs failed, listed in {str(args.o / FAILED_FILE)!r}", file=sys.stderr)
     return 1 if report.failed else 0
+
+
+def _check_writable(folder: Path) -> None:
+    """Try to write into a folder, or where it would be made; nothing is left there.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            file.write(b"0")
+    except OSError as error:
+        where = "" if existing == folder else f" ({str(existing)!r} takes no files)"
+        raise InputError(
+            f"{str(folder)!r} cannot be written{where}: {error.strerror}. Nothing was started; give another folder "
+            "with -o, or make this one writable"
+        ) from error
 
 
 def _fail(error: object) -> int:

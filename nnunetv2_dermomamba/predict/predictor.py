@@ -23,7 +23,7 @@ from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT, ModelError, buil
 from nnunetv2_dermomamba.predict.native import Classes, Prediction, render
 from nnunetv2_dermomamba.predict.reading import read_photo
 
-__all__ = ["Predictor", "Prepared", "default_device"]
+__all__ = ["Predictor", "Prepared", "choose_device"]
 
 SPACING = (999, 1, 1)  # nnU-Net's for images of one slice
 
@@ -43,9 +43,21 @@ class Prepared:
     shape: tuple[int, int]
 
 
-def default_device() -> str:
-    """The GPU if there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for; if none is, the GPU if there is one, else the CPU.
+
+    Raises:
+        RuntimeError: PyTorch does not know it, or cannot use it on this machine.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    counts = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count}
+    if chosen.type in counts and counts[chosen.type]() <= (chosen.index or 0):
+        raise RuntimeError(
+            f"PyTorch finds no device {str(chosen)!r} on this machine; use -device cpu (in Python, device='cpu')"
+        )
+    return chosen
 
 
 class Predictor:
@@ -69,6 +81,7 @@ class Predictor:
 
     Raises:
         ModelError: The model cannot be used.
+        RuntimeError: The device cannot be used.
     """
 
     def __init__(
@@ -82,8 +95,8 @@ class Predictor:
         step_size: float = 0.5,
         trust: bool = False,
     ) -> None:
+        self.device = choose_device(device)
         self.model = load_model(model, folds, checkpoint, trust)
-        self.device = torch.device(device or default_device())
         try:
             self.plans = PlansManager(self.model.plans)
             self.configuration = self.plans.get_configuration(self.model.configuration)

@@ -9,12 +9,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from predict_helpers import photograph
 from scipy import ndimage
 
 from nnunetv2_dermomamba.cli import main
-from nnunetv2_dermomamba.predict import outputs
+from nnunetv2_dermomamba.predict import cli, outputs
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
 from nnunetv2_dermomamba.predict.stream import JOURNAL_FILE
 
@@ -213,8 +214,50 @@ def test_the_overlay_marks_the_contour_and_nothing_else():
     assert not changed[:30].any()
 
 
+def refuse_to_write(monkeypatch, folder):
+    """Makes the folder a read-only one, for root too."""
+
+    def refuse(dir, **kwargs):
+        assert dir == folder
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_folder_that_cannot_be_written_is_said_before_the_model_is_read(
+    photos, tmp_path, capsys, monkeypatch, exists
+):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    refuse_to_write(monkeypatch, locked)
+    out = locked if exists else locked / "new" / "out"
+    assert predict(photos, out, tmp_path / "no model") == 2
+    error = capsys.readouterr().err
+    assert f"{str(out)!r} cannot be written" in error
+    assert "Permission denied. Nothing was started; give another folder with -o" in error
+    assert "--resume" not in error
+    assert not list(locked.iterdir())
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_an_error(photos, unet, tmp_path, capsys):
+def test_a_read_only_folder_cannot_be_written(photos, tmp_path, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
-    assert predict(photos, tmp_path / "out", unet) == 2
-    assert "Permission denied" in capsys.readouterr().err
+    assert predict(photos, tmp_path / "out" / "masks", tmp_path / "no model") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_file_as_output_folder_cannot_be_written(photos, tmp_path, capsys):
+    (tmp_path / "out").write_text("kept")
+    assert predict(photos, tmp_path / "out", tmp_path / "no model") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "kept"
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_said_before_the_model_is_read(photos, tmp_path, capsys, monkeypatch, device):
+    monkeypatch.setattr(getattr(torch, device), "device_count", lambda: 0)
+    assert predict(photos, tmp_path / "out", tmp_path / "no model", "-device", device) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no device '{device}' on this machine; use -device cpu" in line
+    assert not (tmp_path / "out").exists()
