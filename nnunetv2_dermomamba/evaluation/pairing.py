@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nnunetv2_dermomamba.predict.photos import SUFFIXES as PHOTO_SUFFIXES
+from nnunetv2_dermomamba.predict.photos import is_companion
 
 __all__ = ["Case", "Pairing", "PairingError", "case_id", "index_images", "index_masks", "index_probabilities", "pair"]
 
@@ -54,7 +55,8 @@ class Pairing:
     Attributes:
         cases: One entry per ground-truth mask, sorted by name.
         extra: Predictions without ground truth, by case name.
-        ignored: Files in the two mask folders that are no masks by their name.
+        ignored: Files in the two mask folders that are no masks by their name, and that ``dermomamba predict`` does
+            not write beside masks.
     """
 
     cases: list[Case]
@@ -114,9 +116,11 @@ def pair(
 
 
 def index_masks(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Masks of a folder by case name, and the files that are no masks."""
+    """Masks of a folder by case name, and the files that are neither masks nor written with them by prediction."""
     found, ignored = [], []
     for path in _files(folder):
+        if is_companion(path.name):
+            continue
         name = case_id(path.relative_to(folder), MASK_EXTENSIONS, MASK_ENDINGS)
         if name is None or _split_label(name)[0].lower().endswith(PROBABILITY_ENDINGS + OTHER_ENDINGS):
             ignored.append(path)

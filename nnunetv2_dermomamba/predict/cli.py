@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from nnunetv2_dermomamba.predict.options import add_model_arguments
-from nnunetv2_dermomamba.predict.photos import InputError, find_photos
+from nnunetv2_dermomamba.predict.photos import FAILED_FILE, InputError, find_photos
 
 __all__ = ["add_arguments", "run"]
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_dermomamba.predict.model import ModelError
     from nnunetv2_dermomamba.predict.outputs import Outputs
     from nnunetv2_dermomamba.predict.predictor import Predictor
-    from nnunetv2_dermomamba.predict.stream import FAILED_FILE, predict_photos
+    from nnunetv2_dermomamba.predict.stream import predict_photos
 
     try:
         predictor = Predictor(

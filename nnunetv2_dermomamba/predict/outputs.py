@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
+from nnunetv2_dermomamba.predict.photos import OVERLAY_ENDING
 
 __all__ = [
     "Outputs",
@@ -61,7 +62,7 @@ class Outputs:
 
     def overlay_file(self, name: str) -> Path:
         """The photograph with contours."""
-        return self.folder / f"{name}_overlay.jpg"
+        return self.folder / f"{name}{OVERLAY_ENDING}"
 
     def probability_files(self, name: str, classes: Classes) -> list[Path]:
         """A map for each class."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,10 +14,26 @@ from pathlib import Path
 from nnunetv2_dermomamba.conversion.pairing import IMAGE_SUFFIXES
 from nnunetv2_dermomamba.predict.reading import is_dicom
 
-__all__ = ["InputError", "Photo", "find_photos"]
+__all__ = [
+    "CSV_FILE",
+    "FAILED_FILE",
+    "JOURNAL_FILE",
+    "OVERLAY_ENDING",
+    "InputError",
+    "Photo",
+    "find_photos",
+    "is_companion",
+]
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".dcm", ".dicom")
 LIST_SUFFIXES = (".txt", ".lst", ".list")
+
+# What a run writes beside the masks.
+CSV_FILE = "predictions.csv"
+FAILED_FILE = "failed.txt"
+JOURNAL_FILE = ".dermomamba_predict.jsonl"
+OVERLAY_ENDING = "_overlay.jpg"
+PROBABILITY_MAP = re.compile(r".+_probability(_\d{1,3})?\.png", re.ASCII)
 
 
 class InputError(ValueError):
@@ -34,6 +51,13 @@ class Photo:
 
     path: Path
     name: str
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file name is one that ``dermomamba predict`` gives to what it writes beside the masks."""
+    if name in (CSV_FILE, FAILED_FILE, JOURNAL_FILE):
+        return True
+    return name.endswith(OVERLAY_ENDING) or PROBABILITY_MAP.fullmatch(name) is not None
 
 
 def find_photos(source: str | Path, output: Path) -> list[Photo]:

@@ -26,16 +26,13 @@ from nnunetv2_dermomamba.predict.outputs import (
     write_overlay,
     write_png,
 )
-from nnunetv2_dermomamba.predict.photos import InputError, Photo
+from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
 from nnunetv2_dermomamba.predict.predictor import Predictor, Prepared
 from nnunetv2_dermomamba.predict.reading import read_photo
 
-__all__ = ["CSV_FILE", "FAILED_FILE", "Report", "predict_photos"]
+__all__ = ["Report", "predict_photos"]
 
 AHEAD = 2  # photographs read ahead, and results that may wait to be written
-CSV_FILE = "predictions.csv"
-FAILED_FILE = "failed.txt"
-JOURNAL_FILE = ".dermomamba_predict.jsonl"
 
 
 @dataclass

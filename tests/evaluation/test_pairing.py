@@ -64,6 +64,14 @@ def test_maps_and_masks_may_share_a_folder(tmp_path):
     assert list(index_masks(folder)[0]) == ["a"]
 
 
+def test_what_predict_writes_beside_masks_is_passed_over_and_other_files_are_not(tmp_path):
+    written = ["a_overlay.jpg", "a_probability.png", "b_probability_2.png", "predictions.csv", "failed.txt"]
+    foreign = ["a_overlay.png", "photo.jpg", "other.csv", "notes.txt", "a_prob.png", "b_probability_all.npz"]
+    masks, ignored = index_masks(touch(tmp_path, "a_mask.png", ".dermomamba_predict.jsonl", *written, *foreign))
+    assert list(masks) == ["a"]
+    assert {path.name for path in ignored} == set(foreign)
+
+
 def test_each_class_may_have_a_map(tmp_path):
     folder = touch(tmp_path, "a_mask.png", "a_probability_1.png", "a_probability_2.png", "b_7_mask.png")
     assert index_probabilities(folder) == {"a": {k: folder / f"a_probability_{k}.png" for k in (1, 2)}}

@@ -15,9 +15,10 @@ from predict_helpers import photograph
 from scipy import ndimage
 
 from nnunetv2_dermomamba.cli import main
+from nnunetv2_dermomamba.evaluation.pairing import index_masks
 from nnunetv2_dermomamba.predict import cli, outputs
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
-from nnunetv2_dermomamba.predict.stream import JOURNAL_FILE
+from nnunetv2_dermomamba.predict.photos import JOURNAL_FILE
 
 
 @pytest.fixture
@@ -64,6 +65,9 @@ def test_everything_that_can_be_asked_for(photos, unet, predictor, tmp_path):
     assert Image.open(out / "sub dir" / "皮膚_overlay.jpg").size == (70, 130)
     rows = {row["mask"]: row for row in csv.DictReader((out / "predictions.csv").open(encoding="utf-8"))}
     assert len(rows) == 3
+    masks, ignored = index_masks(out)
+    assert set(masks) == {"a.jpg", "a.png", "sub dir/皮膚"}
+    assert ignored == []
     row = rows["a.jpg_mask.png"]
     assert int(row["area_pixels"]) == mask.sum()
     assert float(row["area_percent"]) == pytest.approx(100 * mask.mean(), abs=1e-3)
