@@ -28,6 +28,15 @@ class ResMambaBlock(nn.Module):
         return F.leaky_relu(self.norm(self.conv(y)), 0.01) + self.scale * y
 
 
+def halve(x: Tensor) -> Tensor:
+    """2 x 2 max pooling of even sides, as two element-wise maxima: many times faster than ``max_pool2d`` on a CPU.
+
+    Where two pixels tie, both get half the gradient; behind a ReLU that is a tie at 0, which passes none.
+    """
+    rows = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
 class EncoderStage(nn.Module):
     """Residual Mamba block, then a convolution to twice the channels; returns it pooled and as it is.
 
@@ -43,7 +52,7 @@ class EncoderStage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         skip = F.relu(self.norm(self.conv(self.res_mamba(x))))
-        return F.max_pool2d(skip, 2), skip
+        return halve(skip), skip
 
 
 class DecoderStage(nn.Module):
