@@ -1,6 +1,7 @@
 """The ``dermomamba`` command.
 
-Each sub-command is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when it is called.
+Each sub-command is a module with ``add_arguments(parser)``, ``run(args) -> int`` and ``EXAMPLES``, imported only when
+it is called; its docstring and the examples, of at most 80 columns, are the help.
 """
 
 from __future__ import annotations
@@ -21,6 +22,20 @@ COMMANDS = {
 }
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to the help of every option that has none of its own words for it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        if text is None or not action.option_strings or action.required or "(default: " in text:
+            return text
+        if action.default is argparse.SUPPRESS:  # --help
+            return text
+        if action.default in (None, False):
+            return f"{text} (default: {'off' if action.nargs == 0 else 'none'})"
+        return f"{text} (default: %(default)s)"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command.
 
@@ -35,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     called = argv[0] if argv and argv[0] in COMMANDS else None
     for name, (module_name, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(name, help=summary, formatter_class=_HelpFormatter)
         if name == called:
             module = importlib.import_module(module_name)
             command.description = module.__doc__
+            command.epilog = module.EXAMPLES
             module.add_arguments(command)
     args = parser.parse_args(argv)
     try:

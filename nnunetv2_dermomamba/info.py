@@ -1,12 +1,15 @@
-"""Show the network's size and cost, the selective-scan backend, versions and devices.
+"""Show the network's size and cost, the scan's backend, versions and devices.
 
-Parameters and operations are those of the network for one image of the patch size: the published 192 x 256 with three
-colour channels and one logit, or a trained model's own (--model).
+Parameters and operations are those of the network for one image of the patch
+size: the published 192 x 256 with three colour channels and one logit, or a
+trained model's own (--model).
 
 Operations are counted on the network as it runs, in multiply-adds:
   convolutions and linear layers  by PyTorch's own counter
-  scan projections                the selective scan's x to (dt, B, C) and dt to channels
-  scan state updates              h = exp(delta A) h + delta B u: directions x channels x length x states
+  scan projections                the selective scan's x to (dt, B, C), and dt
+                                  to channels
+  scan state updates              h = exp(delta A) h + delta B u: directions x
+                                  channels x length x states
 """
 
 from __future__ import annotations
@@ -29,7 +32,22 @@ from nnunetv2_dermomamba.predict.options import add_model_arguments
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Cost", "SizedNetwork", "add_arguments", "count_cost", "published_model", "run", "trained_model"]
+__all__ = [
+    "EXAMPLES",
+    "Cost",
+    "SizedNetwork",
+    "add_arguments",
+    "count_cost",
+    "published_model",
+    "run",
+    "trained_model",
+]
+
+EXAMPLES = """examples:
+  dermomamba info
+  dermomamba info -m model.zip
+  dermomamba info --json > info.json
+"""
 
 PUBLISHED_PATCH = (192, 256)
 PACKAGES = ("torch", "nnunetv2", "numba", "triton", "mamba-ssm", "numpy", "scipy", "SimpleITK", "pillow")
@@ -224,8 +242,8 @@ def versions() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dermomamba info``."""
-    add_model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_model_arguments(parser, use=" (default: the published network)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: argparse.Namespace) -> int:

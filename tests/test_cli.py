@@ -1,3 +1,6 @@
+import importlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -27,6 +30,31 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_gives_defaults_and_examples_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    options, examples = text.split("\noptions:\n")[1].split("\nexamples:\n")
+    assert 2 <= examples.count(f"dermomamba {command}") <= 3
+    entries = re.split(r"\n(?=  -)", options)
+    required = {"predict": ("-i", "-o", "-m"), "evaluate": ("-p", "-g")}.get(command, ())
+    for entry in entries[1:]:  # the first is --help
+        assert ("(default:" in " ".join(entry.split())) == (entry.split()[0] not in required), entry
+    assert "None" not in options
+    assert "False" not in options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_parse(command, monkeypatch):
+    module = importlib.import_module(COMMANDS[command][0])
+    monkeypatch.setattr(module, "run", lambda args: 0)
+    for line in module.EXAMPLES.splitlines()[1:]:
+        assert main(shlex.split(line.split(" > ")[0])[1:]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"]])

@@ -1,22 +1,32 @@
-"""Score a folder of masks against the truth: a table, CSV, JSON and an HTML report.
+"""Score a folder of masks against the truth: a table, CSV, JSON, HTML report.
 
-Masks are PNG, BMP, TIFF or NIfTI with 0 and 1, or 0 and 255 (several classes: --labels). Folders are searched with
-their sub-folders. A case's name is its path without extension and without _mask, _segmentation, _lesion, _prediction
-and the like, so ISIC_0000000_mask.png is scored against ISIC_0000000_segmentation.png.
+Masks are PNG, BMP, TIFF or NIfTI with 0 and 1, or 0 and 255 (several classes:
+--labels). Folders are searched with their sub-folders. A case's name is its
+path without extension and without _mask, _segmentation, _lesion, _prediction
+and the like, so ISIC_0000000_mask.png is scored against
+ISIC_0000000_segmentation.png. What `dermomamba predict` writes beside the masks
+is passed over; other files that are no masks are listed.
 
-Figures, in the order of the paper's table: parameters and operations (as `dermomamba info`
-counts them, with --model), DSC, IoU, precision, recall:
-  mean of images        each image counts once; 95 % interval by bootstrap over images
-  pooled over pixels    one figure from the pixel counts of all images (VM-UNet and its kin); large images weigh more
-  as the authors' code  with --probabilities: soft Dice, IoU of the mask, precision and recall at a logit of 0.5
+Figures, in the order of the paper's table: parameters and operations (as
+`dermomamba info` counts them, with --model), DSC, IoU, precision, recall:
+  mean of images        each image counts once; 95 % interval by bootstrap over
+                        images
+  pooled over pixels    one figure from the pixel counts of all images (VM-UNet
+                        and its kin); large images weigh more
+  as the authors' code  with --probabilities: soft Dice, IoU of the mask,
+                        precision and recall at a logit of 0.5
 
 Defined as follows:
-  both masks empty      DSC, IoU, precision, recall, distances, boundary F1 undefined: left out of the mean and counted
-                        (as nnUNetv2_evaluate_folder); thresholded Jaccard 1 (as the ISIC challenge's scorer)
-  one mask empty        DSC, IoU, precision, recall, boundary F1 are 0, distances the image's diagonal
+  both masks empty      DSC, IoU, precision, recall, distances, boundary F1
+                        undefined: left out of the mean and counted (as
+                        nnUNetv2_evaluate_folder); thresholded Jaccard 1 (as
+                        the ISIC challenge's scorer)
+  one mask empty        DSC, IoU, precision, recall, boundary F1 are 0,
+                        distances the image's diagonal
   thresholded Jaccard   IoU, but 0 below 0.65 (ISIC 2018)
   HD95, ASSD            in pixels of the ground truth, between contours
-  boundary F1           contours within 0.75 % of the image's diagonal of each other agree
+  boundary F1           contours within 0.75 % of the image's diagonal of each
+                        other agree (--boundary-tolerance)
   no prediction         listed, not in the figures, exit status 1 (--missing)
   no ground truth       listed, not scored
   sizes differ          listed, not in the figures, exit status 1 (--resize)
@@ -38,14 +48,22 @@ from nnunetv2_dermomamba.predict.options import add_model_arguments
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """examples:
+  dermomamba evaluate -p masks -g truth
+  dermomamba evaluate -p masks -g truth --images photos --report report.html
+  dermomamba evaluate -p masks -g truth --probabilities masks --against other
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``dermomamba evaluate``."""
     parser.add_argument("-p", "--predictions", type=Path, required=True, metavar="FOLDER", help="predicted masks")
     parser.add_argument("-g", "--ground-truth", type=Path, required=True, metavar="FOLDER", help="true masks")
-    parser.add_argument("-l", "--labels", type=int, nargs="+", metavar="N", help="foreground classes (default: binary)")
+    parser.add_argument(
+        "-l", "--labels", type=int, nargs="+", metavar="N", help="foreground classes (default: one, binary masks)"
+    )
     parser.add_argument(
         "--probabilities",
         type=Path,
@@ -69,14 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resize", action="store_true", help="bring predictions of another size to the ground truth's")
     parser.add_argument(
-        "--boundary-tolerance", type=float, default=0.75, metavar="PERCENT", help="of the diagonal (default: 0.75)"
+        "--boundary-tolerance",
+        type=float,
+        default=0.75,
+        metavar="PERCENT",
+        help="distance within which contours agree, of the diagonal",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one row per case and class")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each case and class")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with a gallery of all cases")
-    parser.add_argument(
-        "-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)"
-    )
+    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
 
 
 def run(args: argparse.Namespace) -> int:

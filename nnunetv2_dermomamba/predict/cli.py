@@ -1,7 +1,9 @@
 """Masks from photographs, with a trained nnU-Net model.
 
-Writes NAME_mask.png for each photograph, of its own size: 0 and 255, or the labels' values if the model has several
-classes. Folders are kept. Photographs that cannot be read are listed in failed.txt in MASKS; the exit status is then 1.
+Writes NAME_mask.png for each photograph, of its own size: 0 and 255, or the
+labels' values if the model has several classes. Folders are kept.
+Photographs that cannot be read are listed in failed.txt in MASKS; the exit
+status is then 1.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from pathlib import Path
 from nnunetv2_dermomamba.predict.options import add_model_arguments
 from nnunetv2_dermomamba.predict.photos import FAILED_FILE, InputError, find_photos
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """examples:
+  dermomamba predict -i photos -o masks -m model.zip --overlay --csv
+  dermomamba predict -i 'photos/**/*.dcm' -o masks -m model.zip -f 0 -device cpu
+  dermomamba predict -i photos -o masks -m model.zip --resume
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", required=True, type=Path, metavar="MASKS", help="folder for the masks; made if missing")
     add_model_arguments(parser, use="; the folds are averaged", required=True)
-    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        help="where the network runs (default: cuda if there is a GPU, else cpu)",
+    )
     parser.add_argument(
         "-step_size",
         type=_step_size,
         default=0.5,
         metavar="SHARE",
-        help="step of the sliding window, as a share of the patch (default: %(default)s)",
+        help="step of the sliding window, as a share of the patch",
     )
     parser.add_argument(
-        "--disable_tta", action="store_true", help="no averaging over flipped images: up to 4 times as fast"
+        "--disable_tta", action="store_true", help="do not average over flipped images: up to 4 times as fast"
     )
     parser.add_argument("--overlay", action="store_true", help="write NAME_overlay.jpg, the contour on the photograph")
     parser.add_argument(

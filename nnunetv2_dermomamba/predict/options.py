@@ -25,12 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, use: str = "", required
         help=f"nnU-Net's results folder of a trainer, or the zip that nnUNetv2_export_model_to_zip wrote{use}",
     )
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds of the model (default: all that are there)")
-    parser.add_argument(
-        "-chk",
-        default="checkpoint_final.pth",
-        metavar="FILE",
-        help="checkpoint of each fold (default: %(default)s)",
-    )
+    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint of each fold")
     parser.add_argument(
         "--trust",
         action="store_true",
