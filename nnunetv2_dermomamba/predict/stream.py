@@ -233,16 +233,19 @@ def _write(
         prediction = predictor.finish(logits, read.prepared)
     except FloatingPointError as error:
         raise ImageReadError(read.photo.path, str(error)) from error
-    rendered = render(prediction, np.uint16 if outputs.probabilities else None)
-    # Read again instead of kept, so that no full-size photographs wait in memory.
-    full_size = read_photo(read.photo.path).image if outputs.overlay else None
+    rendered = render(prediction)
     mask = outputs.mask(name)
     mask.parent.mkdir(parents=True, exist_ok=True)
-    if full_size is not None:
-        write_overlay(full_size, rendered.labels, classes, outputs.overlay_file(name))
-    if rendered.probability is not None:
-        for pixels, file in zip(rendered.probability, outputs.probability_files(name, classes), strict=True):
+    if outputs.overlay:
+        # Read again instead of kept, so that no full-size photographs wait in memory. First, since it may fail.
+        write_overlay(read_photo(read.photo.path).image, rendered.labels, classes, outputs.overlay_file(name))
+    if outputs.probabilities:
+        # Rendered again instead of kept, so that maps and the photograph are not in memory together.
+        maps = render(prediction, np.uint16).probability
+        assert maps is not None
+        for pixels, file in zip(maps, outputs.probability_files(name, classes), strict=True):
             write_png(pixels, file)
+        del maps, pixels
     # A viewer shows 255 as white; several labels are kept as they are.
     write_png(rendered.labels if len(classes.values) > 1 else (rendered.labels != 0) * np.uint8(255), mask)
     seconds += time.perf_counter() - start
