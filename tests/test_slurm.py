@@ -1,6 +1,8 @@
 """The Slurm script on a real cluster of one node: five folds, one of them stopped and requeued, then the choice."""
 
 import json
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -45,6 +47,21 @@ def wait_for(condition, seconds: float, describe) -> None:
         time.sleep(1)
 
 
+def batch_shell(task: int) -> int:
+    """Process of a task's batch script."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:  # it ended, or is not ours
+            continue
+        if (
+            any(word.endswith(b"slurm_script") for word in command)
+            and f"SLURM_ARRAY_TASK_ID={task}".encode() in variables
+        ):
+            return int(folder.name)
+    raise AssertionError(f"no batch script of task {task} is running")
+
+
 def test_five_folds_one_requeued_then_the_best_configuration(tmp_path: Path) -> None:
     workspace = preprocessed_workspace(tmp_path, WAITS)
     with slurm.cluster() as environment:
@@ -62,8 +79,7 @@ def test_five_folds_one_requeued_then_the_best_configuration(tmp_path: Path) -> 
         options = ["--gres=none", "--cpus-per-task=1", "--time=20"]
         job = run("sbatch", "--parsable", *options, str(SCRIPT), "118", TRAINER, "-device", "cpu").strip()
         wait_for((tmp_path / "waiting").exists, 120, logs)
-        # It may ask again while the job ends, and then fails with "already done".
-        subprocess.run(["scancel", "--batch", "--signal=TERM", f"{job}_0"], env=environment, check=False)
+        os.kill(batch_shell(task=0), signal.SIGTERM)  # as Slurm does before the time limit (--signal=B:TERM)
         wait_for(lambda: "(BeginTime)" in run("squeue"), 120, logs)
         run("scontrol", "update", f"JobId={job}_0", "StartTime=now")  # Slurm has a requeued job wait two minutes
         wait_for(lambda: run("squeue", "--noheader") == "", 500, logs)

@@ -235,7 +235,7 @@ def test_validation_takes_no_other_checkpoint_than_asked_for(interrupted) -> Non
 
 @pytest.mark.faults
 def test_killed_fifty_times_it_ends_as_if_it_had_not_been(small, monkeypatch, tmp_path) -> None:
-    script = [sys.executable, small_training.__file__, str(small), "--epochs", "30"]
+    script = [sys.executable, small_training.__file__, str(small), "--epochs", "60"]
     killing = [*script, "--interval", "0", "--share", "1e9", "--kills", "50"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     done = subprocess.run(killing, capture_output=True, text=True)
