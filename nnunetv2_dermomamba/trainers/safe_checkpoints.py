@@ -125,6 +125,8 @@ class SafeCheckpointMixin(nnUNetTrainer):
         path, checkpoint = self._last_good(Path(filename_or_checkpoint), continuing)
         super().load_checkpoint(str(path))
         self.iteration = checkpoint.get("iteration", 0)
+        if continuing:
+            self.print_to_log_file(f"Going on from {path.name}: {_where(checkpoint)}.")
         self.train_outputs = _rows(checkpoint.get("train_outputs", {}), self.device)
 
     def _last_good(self, wanted: Path, continuing: bool) -> tuple[Path, dict]:
@@ -146,9 +148,12 @@ class SafeCheckpointMixin(nnUNetTrainer):
             remedy = "Train again without --c, or put an intact copy there"
             raise CheckpointError("No checkpoint can be used. " + "; ".join(reasons) + f". {remedy}.")
         path, checkpoint = max(good, key=lambda pair: (pair[1]["current_epoch"], pair[1].get("iteration", 0)))
-        where = f"epoch {checkpoint['current_epoch']}, iteration {checkpoint.get('iteration', 0)}"
-        self.print_to_log_file(f"Going on from the last good checkpoint instead: {path} ({where}).")
+        self.print_to_log_file(f"Going on from the last good checkpoint instead: {path} ({_where(checkpoint)}).")
         return path, checkpoint
+
+
+def _where(checkpoint: dict) -> str:
+    return f"epoch {checkpoint['current_epoch']}, iteration {checkpoint.get('iteration', 0)}"
 
 
 def _columns(outputs: list[dict]) -> dict[str, torch.Tensor]:
