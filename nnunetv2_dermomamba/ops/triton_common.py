@@ -3,13 +3,13 @@
 """What the 1D and the 2D Triton scan share: tile shapes, the serial walks over rows, the scan over chunks.
 
 A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side, a
-sub-block of ``SUB`` positions of each at a time. In bulk it first writes the rows that the walk needs (step size
-``delta``, ``w = delta x``, B and C) to a small scratch of its own, which stays in cache, and then walks the ``SUB``
-steps, unrolled, with the states in registers.
+sub-block of ``SUB`` positions of each at a time, with the states in registers. The 1D scan loads what a step needs
+(step size ``delta``, u, B and C) from its inputs; the 2D scan first projects a sub-block, in bulk, into rows of a small
+scratch of its own, which stays in cache.
 
 A walk's tile is ``[LANES, R, NN]``. ``LANES`` runs over (segment, group of ``R`` channels, state modulo ``NP / NN``)
 and fills the warps exactly; the ``R`` channels and ``NN`` states of a lane are one thread's. Rows are loaded as
-``[LANES, R or NN, 4]``, four steps a load of 16 bytes; the scratch keeps a quantity as ``[SUB / 4, rows, 4]``, row
+``[LANES, R or NN, 4]``, four steps a load of 16 bytes; the 2D scratch keeps a quantity as ``[SUB / 4, rows, 4]``, row
 ``index S + segment``, so that a warp's load is one or two lines of cache. That last axis is one thread's too, so
 ``_pick`` takes a step out of it at no cost, no step waits for memory and nothing passes between threads but the sums
 over states and channels.
@@ -31,7 +31,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = 64  # T, positions between two chunk summaries
 SUB = 16  # positions whose rows are in the scratch at once; divides CHUNK
 FORWARD_REGISTERS = 128  # a thread: 16 warps a processor
-BACKWARD_REGISTERS = 255  # 8 warps a processor: the backward walk holds HOLD states and decays of every channel
+BACKWARD_REGISTERS = 255  # 8 warps a processor: the backward walk holds four steps' states and decays
 MAX_BLOCK = 128  # channels of one program
 
 
@@ -46,7 +46,7 @@ class Tile:
     S: int
     T: int
     SUB: int
-    HOLD: int  # positions between two saved states, whose states the backward walk holds in registers; divides SUB
+    HOLD: int  # positions between two saved states; divides SUB
 
     @property
     def lanes(self) -> int:

@@ -268,6 +268,11 @@ class _Plan:
         self.chunks = chunk_count(length, self.tile)
         self.items = batch * groups * self.blocks * self.per_row
         self.sizes = (length, dim, group_dim, state, groups, self.blocks, self.per_row, self.chunks)
+        if max(self.tile.DP, self.tile.NP) * self.per_row * self.tile.span >= 2**31:  # offsets have 32 bits
+            raise ValueError(
+                f"a sequence of {length} positions is too long for the triton backend at {group_dim} channels a group; "
+                "choose another: backend='mamba-ssm' or 'torch'"
+            )
         self.constants = self.tile.constants()
         del self.constants["SUB"]
         whole = length % self.tile.span == 0 and group_dim % self.tile.DP == 0 and state == self.tile.NP

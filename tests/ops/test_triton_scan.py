@@ -121,6 +121,12 @@ def test_1d_extreme_decays_and_steps(argument):
     check_1d(inputs)
 
 
+def test_1d_longer_than_its_offsets_reach_is_refused():
+    u = torch.empty(1, 128, 2**24, device="meta")
+    with pytest.raises(ValueError, match="too long for the triton backend"):
+        triton_scan.states_shape_1d(u, 16, 1)
+
+
 def test_1d_zero_input_gives_finite_gradients():
     inputs = {k: torch.zeros_like(v) for k, v in sequences(1, 4, T + 1, 1, 4).items()}
     y, states = triton_scan.scan_1d_forward(*inputs.values(), True)
