@@ -1,6 +1,6 @@
 """Time the whole training step against stock nnU-Net's: ``python benchmarks/training.py [--device cuda]``.
 
-First a correctness gate: the step's gradients on the device at hand equal the CPU's with the portable PyTorch scan.
+First a correctness gate: the step's gradients equal those of the eager network with the portable PyTorch scan.
 Then medians of steps (network, loss, backward, clipping, optimizer) of DermoMamba with the Guide Fusion Loss and AdamW,
 and of nnU-Net's PlainConvUNet with its own loss and SGD, in one run; on CUDA both compiled, under fp16 autocast.
 """
@@ -14,10 +14,11 @@ import os
 import time
 
 import torch
-from contenders import dermomamba, dermomamba_step, lesion_batch, median_ms, peak_gib, provenance, unet_step
+from contenders import PATCH, dermomamba, dermomamba_step, lesion_batch, median_ms, peak_gib, provenance, unet_step
 from torch import nn
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss
+from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
 from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
@@ -25,21 +26,26 @@ GATE = 1e-3
 
 
 def gate(device: torch.device, compiled: bool) -> None:
-    """Stop unless loss and gradients in float32 on ``device`` equal the CPU's with the portable scan."""
+    """Stop unless loss and gradients in float32 equal the eager network's with the portable scan, on the same device.
+
+    On the CPU at half the patch's sides: the portable scan takes minutes there.
+    """
     torch.manual_seed(0)
-    reference, network = dermomamba(), dermomamba()
+    patch = PATCH if device.type == "cuda" else (PATCH[0] // 2, PATCH[1] // 2)
+    reference, network = (DermoMamba(3, 2, patch).to(device) for _ in range(2))
     network.load_state_dict(reference.state_dict())
-    network.to(device)
-    data, target = lesion_batch(2, torch.device("cpu"))
+    data, target = (tensor[..., : patch[0], : patch[1]].contiguous() for tensor in lesion_batch(2, device))
+    torch.backends.cudnn.allow_tf32 = False
     os.environ[ENVIRONMENT_VARIABLE] = "torch"
     expected = GuideFusionLoss()(reference(data), target)
     expected.backward()
     del os.environ[ENVIRONMENT_VARIABLE]
     call = torch.compile(network) if compiled else network
-    loss = GuideFusionLoss()(call(data.to(device)), target.to(device))
+    loss = GuideFusionLoss()(call(data), target)
     loss.backward()
+    torch.backends.cudnn.allow_tf32 = True
     theirs = torch.cat([p.grad.flatten() for p in reference.parameters()])
-    ours = torch.cat([p.grad.flatten().cpu() for p in network.parameters()])
+    ours = torch.cat([p.grad.flatten() for p in network.parameters()])
     error = float((ours - theirs).norm() / theirs.norm())
     difference = abs(float(loss.detach()) - float(expected.detach()))
     print(f"gate: losses differ by {difference:.1e}, gradients by {error:.1e}", flush=True)

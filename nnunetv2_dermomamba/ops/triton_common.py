@@ -28,10 +28,9 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-CHUNK = 64  # T, positions between two chunk summaries
+CHUNK = 128  # T, positions between two chunk summaries of a long sequence
 SUB = 16  # positions whose rows are in the scratch at once; divides CHUNK
-FORWARD_REGISTERS = 128  # a thread: 16 warps a processor
-BACKWARD_REGISTERS = 255  # 8 warps a processor: the backward walk holds four steps' states and decays
+BACKWARD_REGISTERS = 255  # a thread, 8 warps a processor: the backward walk holds four steps' states and decays
 MAX_BLOCK = 128  # channels of one program
 
 
@@ -57,6 +56,11 @@ class Tile:
     def num_warps(self) -> int:
         """Warps of a program."""
         return max(1, self.lanes // 32)
+
+    @property
+    def forward_registers(self) -> int:
+        """Registers a thread of the summary and forward kernels: what 8, 16 or 32 states want without spilling."""
+        return {8: 128, 16: 168}.get(max(8, self.R * self.NN), 255)
 
     @property
     def P(self) -> int:
@@ -94,14 +98,18 @@ class Tile:
         return {name: getattr(self, name) for name in names}
 
 
-def tile_for(channels: int, state: int, length: int) -> Tile:
-    """Tile for one block of ``channels`` (at most ``MAX_BLOCK``) of sequences of ``length``."""
+def tile_for(channels: int, state: int, length: int, widest: int = 16) -> Tile:
+    """Tile for one block of ``channels`` (at most ``MAX_BLOCK``) of sequences of ``length``.
+
+    A thread holds 8 states of up to 16 channels, 16 of 32 channels and ``widest`` of more: the more, the fewer loads an
+    update, and the fewer threads. What measured best on an H200 (docs/selective_scan.md).
+    """
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
-    run, held = min(4 if padded > 64 else 2, padded), min(4, states)
+    run = min(4 if padded > 16 else 2, padded)
+    held = min(widest // 4 if padded > 32 else 4, states)
     segments = max(2, 32 // (padded // run * (states // held)))
-    shorter = 1 if length > 64 * CHUNK else 2 if length > 8 * CHUNK else 4  # short sequences want more programs
-    chunk = max(SUB, CHUNK // shorter)
-    hold = min(SUB, 8 if run * held <= 8 else 4)
+    chunk = CHUNK if length > 4096 else 32 if length > 512 else SUB  # short sequences want more programs
+    hold = 8 if run * held <= 16 else 4
     return Tile(padded, states, run, held, segments, chunk, SUB, hold)
 
 
@@ -336,7 +344,7 @@ def combine_kernel(
 def combine(state: Tensor, total: Tensor, A: Tensor, directions: int, reverse: bool) -> None:
     """Turn chunk summaries ``state`` (..., chunks, d, N) into the states (reverse: adjoints) that enter each chunk."""
     chunks, d, N = state.shape[-3:]
-    lanes = min(32, triton.next_power_of_2(d * N))
-    rows = min(64, max(2, triton.next_power_of_2(chunks)))
+    lanes = min(128, triton.next_power_of_2(d * N))  # of one warp, which then scans 16 rows within its threads
+    rows = min(16, max(2, triton.next_power_of_2(chunks)))
     grid = (state.numel() // (chunks * d * N), ceil_div(d * N, lanes))
-    combine_kernel[grid](state, total, A, chunks, d, N, directions, reverse, lanes, rows, num_warps=4)
+    combine_kernel[grid](state, total, A, chunks, d, N, directions, reverse, lanes, rows, num_warps=1)

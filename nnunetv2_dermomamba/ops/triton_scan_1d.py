@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
-    FORWARD_REGISTERS,
     MAX_BLOCK,
     Tile,
     advance,
@@ -308,8 +307,9 @@ def _summaries(v: Tensor, delta: Tensor, A: Tensor, M: Tensor, adjoint: bool) ->
         return A.new_zeros(shape)
     state, total = A.new_empty(shape), A.new_empty(shape[:3])
     summary_kernel[(plan.items,)](
-        v, delta, A, M, state, total, *plan.sizes, ADJOINT=adjoint, maxnreg=FORWARD_REGISTERS, **plan.constants
-    )
+        v, delta, A, M, state, total, *plan.sizes,
+        ADJOINT=adjoint, maxnreg=plan.tile.forward_registers, **plan.constants
+    )  # fmt: skip
     combine(state, total, A, 1, adjoint)
     return state
 
@@ -347,7 +347,7 @@ def scan_1d_forward(
         states = A.new_empty(states_shape_1d(u, A.shape[1], B.shape[1]))
         forward_kernel[(plan.items,)](
             u, delta, A, B, C, D, starts, states, y, *plan.sizes,
-            HAS_D=D is not None, maxnreg=FORWARD_REGISTERS, **plan.constants
+            HAS_D=D is not None, maxnreg=plan.tile.forward_registers, **plan.constants
         )  # fmt: skip
     return y, states
 

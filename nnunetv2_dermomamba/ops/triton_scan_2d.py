@@ -18,7 +18,6 @@ from torch import Tensor
 from nnunetv2_dermomamba.ops.composed import cross_merge, cross_scan
 from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
-    FORWARD_REGISTERS,
     MAX_BLOCK,
     advance,
     ceil_div,
@@ -189,28 +188,37 @@ def _walk_back(
 
 
 @triton.jit
+def _load_block(ptr, start, ROWS: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr):
+    """Columns ``start ... start + CB`` of the weights' first ``ROWS`` rows, turned: ``[CB, ROWS]``."""
+    return tl.load(ptr + tl.arange(0, ROWS)[None, :] * KD + (start + tl.arange(0, CB))[:, None])
+
+
+@triton.jit
 def _project(
-    x_ptr, weight_ptr, m_weight_ptr, bias_ptr, delta_row, w_row, m_row, position, valid,
+    x_ptr, weight_ptr, m_weight_ptr, first_block, first_m_block, bias_ptr, delta_row, w_row, m_row, position, valid,
     d: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr,
     S: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
-    """Rows of delta and w = delta x, and of the ``MP`` projections that ``m_weight_ptr`` holds, of one sub-block."""
+    """Rows of delta and w = delta x, and of the ``MP`` projections that ``m_weight_ptr`` holds, of one sub-block.
+
+    The weights' first blocks are the caller's: narrow maps have no other and load them once a work item.
+    """
     kb = tl.arange(0, CB)
-    k = tl.arange(0, KD)
-    m = tl.arange(0, MP)
-    raw = tl.zeros([S * SUB, KD], tl.float32)
+    k = tl.arange(0, DP)
+    raw = tl.zeros([S * SUB, DP], tl.float32)
     projected = tl.zeros([S * SUB, MP], tl.float32)
     for start in range(0, KD, CB):
-        col = start + kb
-        x = _load_map(x_ptr, position, valid, col, d)
-        raw = _dot(x, tl.load(weight_ptr + k[None, :] * KD + col[:, None]), raw)
-        projected = _dot(x, tl.load(m_weight_ptr + m[None, :] * KD + col[:, None]), projected)
+        x = _load_map(x_ptr, position, valid, start + kb, d)
+        block = first_block if KD == CB else _load_block(weight_ptr, start, DP, KD, CB)
+        raw = _dot(x, block, raw)
+        m_block = first_m_block if KD == CB else _load_block(m_weight_ptr, start, MP, KD, CB)
+        projected = _dot(x, m_block, projected)
     raw += tl.load(bias_ptr + k, mask=k < d, other=0.0)[None, :]
     delta = tl.where(valid[:, None] & (k < d)[None, :], softplus(raw), 0.0)
     cell = _cells(k, DP, S, SUB)
-    tl.store(delta_row + cell, delta, mask=(k < DP)[None, :])
-    tl.store(w_row + cell, delta * _load_map(x_ptr, position, valid, k, d), mask=(k < DP)[None, :])
-    tl.store(m_row + _cells(m, MP, S, SUB), projected)
+    tl.store(delta_row + cell, delta)
+    tl.store(w_row + cell, delta * _load_map(x_ptr, position, valid, k, d))
+    tl.store(m_row + _cells(tl.arange(0, MP), MP, S, SUB), projected)
 
 
 UNSPECIALIZED = ["items", "length", "padded", "height", "width", "per_map", "chunks"]
@@ -240,14 +248,16 @@ def summary_2d_kernel(
         A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
         state = tl.zeros_like(A2)
         total = channel * 0.0
+        first_block = _load_block(weight, 0, DP, KD, CB)
+        first_m_block = _load_block(m_weight, 0, NP, KD, CB)
         for step in range(T // SUB):
             j = T // SUB - 1 - step if ADJOINT else step
             position, valid = _positions(
                 q, j, length, padded, height, width, direction % 2, direction // 2, S, T, SUB, IS_SMALL
             )
             _project(
-                x_ptr + batch * length * d, weight, m_weight, bias_ptr + direction * d, delta_row, v_row, m_row,
-                position, valid, d, DP, NP, KD, CB, S, SUB
+                x_ptr + batch * length * d, weight, m_weight, first_block, first_m_block, bias_ptr + direction * d,
+                delta_row, v_row, m_row, position, valid, d, DP, NP, KD, CB, S, SUB
             )  # fmt: skip
             if ADJOINT:
                 tl.debug_barrier()
@@ -296,11 +306,13 @@ def forward_2d_kernel(
             entry = ((batch * 4 + direction) * chunks + q * S + segment) * d + channel
             h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
             save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
+            first_block = _load_block(weight, 0, DP, KD, CB)
+            first_bc_block = _load_block(weight + KD * KD, 0, 2 * NP, KD, CB)
             for j in range(T // SUB):
                 position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
                 _project(
-                    x_map, weight, weight + KD * KD, bias_ptr + direction * d, delta_row, w_row, bc_row,
-                    position, valid, d, DP, 2 * NP, KD, CB, S, SUB
+                    x_map, weight, weight + KD * KD, first_block, first_bc_block, bias_ptr + direction * d,
+                    delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, CB, S, SUB
                 )  # fmt: skip
                 tl.debug_barrier()
                 h = _walk_output(
@@ -329,6 +341,8 @@ def backward_2d_kernel(
     """A path and its reverse: ``dx`` likewise, and the program's own partial sums of the parameters' gradients."""
     P: tl.constexpr = S * SUB
     PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    # Rows of a map's sub-block that one thread loads: their sum costs nothing, the rest waits for the item's end.
+    OWN: tl.constexpr = SUB * R * NN // (4 * NP) if SUB * R * NN > 4 * NP else 1
     delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 2 * NP + PARTS * 2 * NP))
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
@@ -361,14 +375,18 @@ def backward_2d_kernel(
             g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
             save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
             dA = tl.zeros_like(A2)
-            dbias = tl.zeros([DP], tl.float32)
-            dD = tl.zeros([DP], tl.float32)
+            dbias = tl.zeros([P // OWN, DP], tl.float32)
+            dD = tl.zeros([P // OWN, DP], tl.float32)
+            dw = tl.zeros([KD, CB], tl.float32)
+            dm = tl.zeros([2 * NP, CB], tl.float32)
+            first_block = _load_block(weight, 0, DP, KD, CB)
+            first_bc_block = _load_block(weight + KD * KD, 0, 2 * NP, KD, CB)
             for back in range(T // SUB):
                 j = T // SUB - 1 - back
                 position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
                 _project(
-                    x_map, weight, weight + KD * KD, bias_ptr + direction * d, delta_row, w_row, bc_row,
-                    position, valid, d, DP, 2 * NP, KD, CB, S, SUB
+                    x_map, weight, weight + KD * KD, first_block, first_bc_block, bias_ptr + direction * d,
+                    delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, CB, S, SUB
                 )  # fmt: skip
                 tl.store(dy_row + cell, _load_map(dy_map, position, valid, col, d))
                 tl.debug_barrier()
@@ -385,8 +403,8 @@ def backward_2d_kernel(
                 x = _load_map(x_map, position, valid, col, d)
                 dy = _load_map(dy_map, position, valid, col, d)
                 ddelta = tl.where(valid[:, None], (x * by_input + by_decay) * softplus_slope(delta), 0.0)
-                dbias += tl.sum(ddelta, axis=0)
-                dD += tl.sum(dy * x, axis=0)
+                dbias += tl.sum(ddelta.reshape(OWN, P // OWN, DP), axis=0)
+                dD += tl.sum((dy * x).reshape(OWN, P // OWN, DP), axis=0)
                 tl.store(w_row + cell, ddelta)
                 tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy)
                 dbc = tl.zeros([P, 2 * NP], tl.float32)
@@ -408,19 +426,30 @@ def backward_2d_kernel(
                     acc += tl.load(dx_at, mask=mask & (position * 0 + reverse > 0)[:, None], other=0.0)
                     tl.store(dx_at, acc, mask=mask)
 
+                    # Narrow maps keep the weights' gradients in registers, wide ones in the program's partial sums.
                     x_block = _load_map(x_map, position, valid, c, d)
                     dw_at = dweight + k[:, None] * KD + c[None, :]
-                    turned = tl.load(w_row + _turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
-                    tl.store(dw_at, _dot(turned, x_block, tl.load(dw_at)))
                     dm_at = dweight + (KD + m)[:, None] * KD + c[None, :]
-                    tl.store(dm_at, _dot(tl.load(bc_row + _turned_cells(m, 2 * NP, S, SUB)), x_block, tl.load(dm_at)))
+                    if KD != CB:
+                        dw, dm = tl.load(dw_at), tl.load(dm_at)
+                    turned = tl.load(w_row + _turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
+                    dw = _dot(turned, x_block, dw)
+                    dm = _dot(tl.load(bc_row + _turned_cells(m, 2 * NP, S, SUB)), x_block, dm)
+                    if KD != CB:
+                        tl.store(dw_at, dw)
+                        tl.store(dm_at, dm)
                 tl.debug_barrier()
+            if KD == CB:
+                dw_at = dweight + k[:, None] * KD + kb[None, :]
+                dm_at = dweight + (KD + m)[:, None] * KD + kb[None, :]
+                tl.store(dw_at, tl.load(dw_at) + dw)
+                tl.store(dm_at, tl.load(dm_at) + dm)
             dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
             dA_at = dA_ptr + (part * DP + head) * NP + state
             tl.store(dA_at, tl.load(dA_at) + dA)
             total_at = part * DP + col
-            tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at) + dbias)
-            tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at) + dD)
+            tl.store(dbias_ptr + total_at, tl.load(dbias_ptr + total_at) + tl.sum(dbias, axis=0))
+            tl.store(dD_ptr + total_at, tl.load(dD_ptr + total_at) + tl.sum(dD, axis=0))
 
 
 class _Plan:
@@ -428,7 +457,7 @@ class _Plan:
 
     def __init__(self, batch: int, height: int, width: int, channels: int, state: int) -> None:
         self.length = height * width
-        self.tile = tile_for(channels, max(16, state), self.length)  # a tl.dot wants 16 rows of B or C
+        self.tile = tile_for(max(8, channels), max(16, state), self.length, widest=32)  # what a tl.dot wants
         self.per_map = ceil_div(self.length, self.tile.span)
         self.chunks = chunk_count(self.length, self.tile)
         self.items = batch * self.per_map
@@ -476,7 +505,7 @@ def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor,
         return A.new_zeros(shape)
     state, total = A.new_empty(shape), A.new_empty(shape[:4])
     tile, items = plan.tile, 4 * plan.items
-    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, FORWARD_REGISTERS)
+    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
     summary_2d_kernel[grid](
         x, dy, weight, bias, A, state, total, scratch, items, *plan.sizes, ADJOINT=adjoint, **plan.constants, **options
     )
@@ -510,7 +539,7 @@ def scan_2d_forward(
         starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
         states = A.new_empty(states_shape_2d(x, A.shape[1]))
         items = 2 * plan.items
-        scratch, grid, options = launch(A, items, tile, tile.forward_scratch, FORWARD_REGISTERS)
+        scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
         forward_2d_kernel[grid](
             x, weight, dt_projs_bias, A, Ds, starts, states, y, scratch,
             items, *plan.sizes, **plan.constants, **options
