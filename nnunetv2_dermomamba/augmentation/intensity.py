@@ -71,6 +71,28 @@ class Brightness(PlaneTransform):
         return planes.mul_(per_plane(parameters["factor"]))
 
 
+class Shift(PlaneTransform):
+    """Adds a normally distributed constant to each plane (``BrightnessAdditiveTransform``).
+
+    Args:
+        sample_probability: that a sample is changed at all.
+        channel_probability: that a channel of such a sample is.
+        mean: of the constant.
+        sigma: its standard deviation.
+    """
+
+    def __init__(self, sample_probability: float, channel_probability: float, mean: float, sigma: float) -> None:
+        super().__init__(sample_probability, channel_probability)
+        self.mean = mean
+        self.sigma = sigma
+
+    def draw_planes(self, rng: np.random.Generator, shape: torch.Size) -> dict[str, np.ndarray]:  # noqa: D102
+        return {"shift": rng.normal(self.mean, self.sigma, shape[:2]).astype(np.float32)}
+
+    def change(self, planes: torch.Tensor, parameters: Parameters) -> torch.Tensor:  # noqa: D102
+        return planes.add_(per_plane(parameters["shift"]))
+
+
 class Contrast(PlaneTransform):
     """Scales the distance to the mean, within the old range where that is to be kept (``ContrastTransform``)."""
 

@@ -7,7 +7,10 @@ from collections.abc import Callable, Collection
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.intensity.brightness import (
+    BrightnessAdditiveTransform,
+    MultiplicativeBrightnessTransform,
+)
 from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
 from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
@@ -24,7 +27,7 @@ from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentatio
 
 from .base import BatchTransform, Segmentation
 from .blur import GaussianBlur
-from .intensity import Brightness, Contrast, Gamma, GaussianNoise
+from .intensity import Brightness, Contrast, Gamma, GaussianNoise, Shift
 from .labels import DeepSupervisionTargets, MaskOutside, Regions, ReplaceLabel
 from .low_resolution import LowResolution
 from .parameters import UntranslatableTransformError, scalar_sampler, to_device
@@ -108,6 +111,11 @@ def _brightness(t: MultiplicativeBrightnessTransform, probability: float, to: Ba
     return Brightness(probability, t.p_per_channel, scalar_sampler(t.multiplier_range), t.synchronize_channels)
 
 
+def _shift(t: BrightnessAdditiveTransform, probability: float, to: BatchAugmenter) -> BatchTransform:
+    _require(t, synchronize_channels=False)
+    return Shift(probability, t.p_per_channel, t.mu, t.sigma)
+
+
 def _contrast(t: ContrastTransform, probability: float, to: BatchAugmenter) -> BatchTransform:
     factor = scalar_sampler(t.contrast_range)
     return Contrast(probability, t.p_per_channel, factor, t.synchronize_channels, t.preserve_range)
@@ -151,6 +159,7 @@ PLANE_TRANSFORMS: dict[type, Callable[..., BatchTransform]] = {
     GaussianNoiseTransform: _noise,
     GaussianBlurTransform: _blur,
     MultiplicativeBrightnessTransform: _brightness,
+    BrightnessAdditiveTransform: _shift,
     ContrastTransform: _contrast,
     SimulateLowResolutionTransform: _low_resolution,
     GammaTransform: _gamma,

@@ -6,6 +6,7 @@ nnU-Net imports this module whatever trainer it looks for, so that a fault of ou
 TRAINERS = (
     "nnUNetTrainerDermoMamba",
     "nnUNetTrainerDermoMambaDiceCE",
+    "nnUNetTrainerDermoMambaPaper",
     "nnUNetTrainerDermoMamba_5epochs",
     "nnUNetTrainerDermoMamba_50epochs",
     "nnUNetTrainerDermoMamba_demo",

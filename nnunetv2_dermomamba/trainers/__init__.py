@@ -8,10 +8,12 @@ from .dermomamba import (
     nnUNetTrainerDermoMambaDiceCE,
 )
 from .guide_fusion_loss import nnUNetTrainerGuideFusionLoss
+from .paper import nnUNetTrainerDermoMambaPaper
 
 __all__ = [
     "nnUNetTrainerDermoMamba",
     "nnUNetTrainerDermoMambaDiceCE",
+    "nnUNetTrainerDermoMambaPaper",
     "nnUNetTrainerDermoMamba_5epochs",
     "nnUNetTrainerDermoMamba_50epochs",
     "nnUNetTrainerDermoMamba_demo",

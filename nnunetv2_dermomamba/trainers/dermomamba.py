@@ -11,17 +11,23 @@ from nnunetv2_dermomamba.augmentation.trainer_mixin import DeviceAugmentationMix
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import describe_choice
 
+from .averaging import AveragedWeightsMixin
 from .guide_fusion_loss import GuideFusionLossMixin
-from .interruptible import InterruptibleMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw
 
 
-class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, InterruptibleMixin):
+class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixin):
     """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's.
 
     ``DERMOMAMBA_AUGMENT_ON_DEVICE=1`` runs nnU-Net's augmentation in batches on the device instead of in its workers.
+    A recipe is changed by a subclass that sets the attributes below, and ``attention`` of the Guide Fusion Loss.
     """
 
+    learning_rate = 1e-3  # its peak, behind the warm-up
+    adamw_weight_decay = 1e-2
+    epochs = 200
+    warmup_epochs = 1.0
+    gradient_clip = 1.0
     augment_on_device = False  # not the default before benchmarks/epoch.py has been run on a GPU
 
     def __init__(
@@ -34,11 +40,9 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, InterruptibleMixin)
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
-        self.initial_lr = 1e-3
-        self.weight_decay = 1e-2
-        self.num_epochs = 200
-        self.warmup_epochs = 1.0
-        self.gradient_clip = 1.0
+        self.initial_lr = self.learning_rate
+        self.weight_decay = self.adamw_weight_decay
+        self.num_epochs = self.epochs
 
     @staticmethod
     def build_network_architecture(
@@ -99,36 +103,20 @@ class nnUNetTrainerDermoMamba(GuideFusionLossMixin, nnUNetTrainerDermoMambaDiceC
 class nnUNetTrainerDermoMamba_5epochs(nnUNetTrainerDermoMamba):
     """Five epochs, to see that everything runs."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 5
+    epochs = 5
 
 
 class nnUNetTrainerDermoMamba_50epochs(nnUNetTrainerDermoMamba):
     """Fifty epochs, for a first result."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 50
+    epochs = 50
 
 
 class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):
     """Four epochs of fifty iterations: two minutes on two CPU cores for small images and batches."""
 
+    epochs = 4
+
     def __init__(
         self,
         plans: dict,
@@ -138,6 +126,5 @@ class nnUNetTrainerDermoMamba_demo(nnUNetTrainerDermoMamba):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 4
         self.num_iterations_per_epoch = 50
         self.num_val_iterations_per_epoch = 4

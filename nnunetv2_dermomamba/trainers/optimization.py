@@ -1,10 +1,13 @@
-"""AdamW for a Mamba network, and its learning-rate schedule."""
+"""AdamW for a Mamba network, and learning-rate schedules."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 SCAN_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias")
 """The scan's own dynamics: Mamba keeps weight decay away from them (it would pull A to -1 and the step sizes to
@@ -51,3 +54,40 @@ class WarmupPolyLRScheduler(PolyLRScheduler):
         for group in self.optimizer.param_groups:
             group["lr"] *= current_step / self.warmup
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class PlateauScheduler:
+    """PyTorch's ``ReduceLROnPlateau``, called as nnU-Net calls a schedule: once at the start of every epoch.
+
+    It goes through the scores of all epochs so far each time. They are in nnU-Net's log, which checkpoints hold, so
+    that a resumed run goes on where it was.
+
+    Args:
+        optimizer: whose groups all get the same rate.
+        initial_lr: rate of the first epoch.
+        scores: returns one score for each finished epoch; higher is better.
+        factor: by which the rate is multiplied.
+        patience: epochs in a row without a new best that are waited for; the rate falls with the next one.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        initial_lr: float,
+        scores: Callable[[], list[float]],
+        factor: float,
+        patience: int,
+    ) -> None:
+        self.optimizer = optimizer
+        self.initial_lr = initial_lr
+        self.scores = scores
+        self.factor = factor
+        self.patience = patience
+
+    def step(self, epoch: int) -> None:
+        """Set the rate of an epoch, from the scores of those before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.initial_lr
+        plateau = ReduceLROnPlateau(self.optimizer, "max", factor=self.factor, patience=self.patience)
+        for score in self.scores()[:epoch]:
+            plateau.step(score)

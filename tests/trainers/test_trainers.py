@@ -13,6 +13,7 @@ from nnunetv2_dermomamba.network import DermoMamba
 EPOCHS = {
     "nnUNetTrainerDermoMamba": 200,
     "nnUNetTrainerDermoMambaDiceCE": 200,
+    "nnUNetTrainerDermoMambaPaper": 200,
     "nnUNetTrainerDermoMamba_5epochs": 5,
     "nnUNetTrainerDermoMamba_50epochs": 50,
     "nnUNetTrainerDermoMamba_demo": 4,
@@ -53,6 +54,8 @@ def test_all_are_listed() -> None:
         ("nnUNetTrainerDermoMamba_50epochs", "classes"),
         ("nnUNetTrainerDermoMamba_demo", "classes"),
         ("nnUNetTrainerDermoMambaDiceCE", "classes"),
+        ("nnUNetTrainerDermoMambaPaper", "classes"),
+        ("nnUNetTrainerDermoMambaPaper", "regions"),
         ("nnUNetTrainerGuideFusionLoss", "classes"),
         ("nnUNetTrainerGuideFusionLoss", "regions"),
     ],
