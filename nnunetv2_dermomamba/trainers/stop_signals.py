@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STOPPED = 75
@@ -95,6 +96,7 @@ def stopping_at_once(message: str) -> Iterator[None]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    resource_tracker.ensure_running()  # or the first pool would start it, and in doing so unblock SIGINT (Python's own)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

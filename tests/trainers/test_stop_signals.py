@@ -118,6 +118,20 @@ def test_nothing_is_changed_after_stopping_at_once(heeding) -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_the_first_pool_does_not_unblock_the_signal() -> None:
+    """Starting Python's resource tracker does, and then each worker prints a stack trace at Ctrl-C."""
+    script = """
+import multiprocessing, signal
+from nnunetv2_dermomamba.trainers.stop_signals import stopping_at_once
+with stopping_at_once("stopped"):
+    multiprocessing.get_context("spawn").Lock()
+    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+"""
+    prepare = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    subprocess.run([sys.executable, "-c", script], check=True, preexec_fn=prepare)
+
+
+
 def break_image(file: Path) -> None:
     folder, case = str(file.parent), file.stem
     image, segmentation, _, properties = nnUNetDatasetBlosc2(folder, [case]).load_case(case)
