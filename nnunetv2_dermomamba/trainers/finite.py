@@ -31,6 +31,20 @@ def check_images(batch: dict) -> None:
         )
 
 
+def skip_broken_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer pass over steps with a gradient that is not finite, as the gradient scaler does on CUDA.
+
+    Every gradient is looked at, which waits for the device: for the CPU.
+    """
+
+    def drop(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not all(torch.isfinite(parameter.grad).all() for parameter in parameters if parameter.grad is not None):
+            optimizer.zero_grad(set_to_none=True)  # what has no gradient is not stepped
+
+    optimizer.register_step_pre_hook(drop)
+
+
 class RunningStatistics:
     """Puts BatchNorm's running means and variances back where a step made them NaN or infinite.
 

@@ -11,6 +11,7 @@ from torch import nn
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.loss.guide_fusion import Attention
 
+from .finite import skip_broken_steps
 from .interruptible import InterruptibleMixin
 
 
@@ -56,4 +57,10 @@ class GuideFusionLossMixin(nnUNetTrainer):
 
 
 class nnUNetTrainerGuideFusionLoss(GuideFusionLossMixin, InterruptibleMixin):
-    """nnU-Net's own network and optimizer with the Guide Fusion Loss."""
+    """nnU-Net's own network, optimizer and step with the Guide Fusion Loss."""
+
+    def initialize(self) -> None:
+        """As nnU-Net, whose step on the CPU would put gradients that are not finite into the weights."""
+        super().initialize()
+        if self.grad_scaler is None:
+            skip_broken_steps(self.optimizer)

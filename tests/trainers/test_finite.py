@@ -103,6 +103,24 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(build, bad: float) -> N
     assert any(not torch.equal(*pair) for pair in zip(before, trainer.network.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_step_of_nnunets_own_network_changes_no_weight(build, bad: float) -> None:
+    trainer = build("nnUNetTrainerGuideFusionLoss")
+    trainer.guide_fusion_loss.parts = (torch.zeros(()), torch.zeros(()))
+    factor = torch.ones(())
+    trainer.loss = lambda outputs, target: sum(output.square().mean() for output in outputs) * factor
+    batch = {"data": images()["random"], "target": [targets()["one pixel"]]}
+    trainer.train_step(batch)
+    before = [parameter.detach().clone() for parameter in trainer.network.parameters()]
+    factor.fill_(bad)
+    trainer.train_step(batch)
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.network.parameters(), strict=True))
+    factor.fill_(1)
+    trainer.train_step(batch)
+    assert finite(trainer.network)
+    assert any(not torch.equal(*pair) for pair in zip(before, trainer.network.parameters(), strict=True))
+
+
 def test_statistics_of_a_batch_that_overflowed_are_forgotten() -> None:
     network = SmallNetwork(3, 2)
     statistics = RunningStatistics(network)
