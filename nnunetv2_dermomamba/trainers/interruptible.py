@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from .finite import NotFiniteError, RunningStatistics, check_images, skipped_at_end
+from .orphans import end_forks_with_parent
 from .safe_checkpoints import SafeCheckpointMixin
 from .seeding import environment_seed, seed_generators
 from .stop_signals import STOPPED, StopRequest, stopping_at_once
@@ -61,6 +62,7 @@ class InterruptibleMixin(SafeCheckpointMixin):
             SystemExit: with code 75, after SIGTERM or SIGINT.
             NotFiniteError: an image, or 100 steps in a row, are not finite.
         """
+        end_forks_with_parent()
         self.stop_request = StopRequest()
         self.stop_request.install()
         try:

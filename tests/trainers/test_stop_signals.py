@@ -131,7 +131,6 @@ with stopping_at_once("stopped"):
     subprocess.run([sys.executable, "-c", script], check=True, preexec_fn=prepare)
 
 
-
 def break_image(file: Path) -> None:
     folder, case = str(file.parent), file.stem
     image, segmentation, _, properties = nnUNetDatasetBlosc2(folder, [case]).load_case(case)
@@ -197,6 +196,20 @@ def test_no_worker_outlives_a_failure(small) -> None:
     run = Run(small)
     assert run.process.wait(60) == 1
     assert "NotFiniteError: NaN or infinite values in the image of case_0" in run.output.read_text()
+    assert run.workers() == []
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals a parent's death")
+def test_no_worker_outlives_a_kill(small) -> None:
+    run = Run(small, "--epochs", "1000")
+    run.wait_for("Epoch 1\n")
+    assert len(run.workers()) >= 3
+    run.process.kill()
+    run.process.wait()
+    end = time.monotonic() + 20
+    while run.workers() and time.monotonic() < end:
+        time.sleep(0.1)
     assert run.workers() == []
 
 
