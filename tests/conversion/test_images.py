@@ -135,8 +135,12 @@ def test_truncated_file_is_refused(tmp_path, photograph, suffix):
 def test_missing_file_folder_and_pipe_are_refused(tmp_path):
     (tmp_path / "link.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
-    for name in ("none.png", "link.png", ".", "pipe.png"):
+    for name in ("none.png", "link.png", "."):
         with pytest.raises(ImageReadError):
+            read_rgb(tmp_path / name)
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "endless.png"):
+        with pytest.raises(ImageReadError, match="is not a file"):
             read_rgb(tmp_path / name)
 
 
