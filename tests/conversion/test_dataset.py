@@ -88,20 +88,21 @@ def test_nothing_good_left(isic, raw, capsys):
 
 
 def test_mending_the_source_reconverts_only_what_changed(isic, raw, monkeypatch):
-    isic.add("a", "b", "c")
+    isic.add("a", "b", "c", "d")
     image = isic.files("b")[0]
     whole = image.read_bytes()
     image.write_bytes(b"")
     assert convert(isic) == 1
     image.write_bytes(whole)
+    os.utime(isic.files("d")[1], (1, 1))  # written again meanwhile
     isic.files("c")[0].unlink()
     isic.files("c")[1].unlink()
     converted = []
     real = dataset.convert_case
     monkeypatch.setattr(dataset, "convert_case", lambda one, *rest: converted.append(one.case_id) or real(one, *rest))
     assert convert(isic) == 0
-    assert converted == ["b"]
-    assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png"]
+    assert converted == ["b", "d"]
+    assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png", "d.png"]
     assert os.listdir(raw) == [NAME]
 
 
