@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import time
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -331,6 +332,8 @@ def dataset_folder(source: Path, dataset: str) -> str:
 
 
 def current_commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
