@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,10 +54,39 @@ def test_dicom_colour_and_grey(tmp_path):
     assert np.array_equal(np.asarray(grey.image)[..., 2], image[..., 0])
 
 
+def test_dicom_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, monkeypatch):
+    from nnunetv2_dermomamba.predict import dicom
+
+    file = write_dicom(photograph((64, 80)), tmp_path / "a.dcm")
+    monkeypatch.setattr(dicom, "MAX_PIXELS", 64 * 80 - 1)
+    with pytest.raises(ValueError, match="claims 80 x 64 pixels"):
+        dicom._decode(str(file))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of that kind")
+def test_dicom_is_decoded_under_limits(tmp_path):
+    """The limits are the reading process's own, so one that reads the limits it has got stands for a decoder."""
+    script = """
+import resource, sys
+from nnunetv2_dermomamba.predict import dicom
+def limits(path):
+    memory, time = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_CPU))
+    raise ValueError(f"{memory} bytes, {time} s")
+dicom._decode = limits
+sys.exit(dicom.main("a.dcm"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr.strip() == f"{2**30} bytes, 10 s"
+
+
 def test_dicom_of_other_kinds_is_refused(tmp_path):
     write_dicom(np.zeros((64, 80), np.int16), tmp_path / "ct.dcm")
     with pytest.raises(ImageReadError, match="visible light"):
         read_photo(tmp_path / "ct.dcm")
+    write_dicom(np.stack([photograph((64, 80))[..., 0]] * 3), tmp_path / "film.dcm")
+    with pytest.raises(ImageReadError, match="several pictures"):
+        read_photo(tmp_path / "film.dcm")
     data = write_dicom(photograph((64, 80)), tmp_path / "a.dcm").read_bytes()
     (tmp_path / "half.dcm").write_bytes(data[: len(data) // 2])
     with pytest.raises(ImageReadError, match=r"half\.dcm"):
