@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nnunetv2_dermomamba.predict import Predictor
+from nnunetv2_dermomamba.predict import model as module
 from nnunetv2_dermomamba.predict.model import (
     DERMOMAMBA_TRAINERS,
     MAX_CHECKPOINT_BYTES,
@@ -200,8 +201,31 @@ def test_an_entry_that_claims_10_gigabytes_is_refused_before_it_is_read(tmp_path
     directory = data.rfind(b"PK\x01\x02")  # of the last entry
     data[directory + 24 : directory + 28] = (MAX_CHECKPOINT_BYTES + 1).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(ModelError, match="claims"):
+    with pytest.raises(ModelError, match=r"claims [\d,]+ bytes, more than 2048 MiB"):
         load_model(path)
+
+
+def test_a_zip_with_two_files_of_one_name_is_refused(unet, tmp_path):
+    path = zipped(unet, tmp_path / "m.zip")
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("Dataset501_Test/t__p__2d/plans.json", "{}")
+    with pytest.raises(ModelError, match="two files of one name"):
+        load_model(path)
+
+
+def test_a_file_too_large_for_a_model_is_not_read(copy, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CHECKPOINT_BYTES", 1 << 10)
+    with pytest.raises(ModelError, match="is larger than"):
+        load_model(copy)
+
+
+def test_a_checkpoint_that_claims_more_than_its_size_is_refused():
+    data = bytearray(saved(plain_checkpoint()))
+    directory = data.rfind(b"PK\x01\x02")  # of the last entry, which then claims 1.9 GB
+    for field in (20, 24):
+        data[directory + field + 3] = 0x70
+    with pytest.raises(ModelError, match="claims to hold more than its own size"):
+        load_checkpoint(bytes(data), "x")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"text" * 1000])
