@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.network import DermoMamba
+from nnunetv2_dermomamba.trainers.cuda_graph import CapturedPass
 from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
 PATCH = (192, 256)
@@ -80,22 +82,33 @@ def lesion_batch(batch: int, device: torch.device, seed: int = 0) -> tuple[Tenso
 
 
 def training_step(network: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, clip: float,
-                  data: Tensor, target: Tensor | list[Tensor]) -> Callable[[], Tensor]:  # fmt: skip
-    """One step as nnU-Net's ``train_step`` does it: autocast and loss scaling on CUDA, gradient clipping."""
-    cuda = data.is_cuda
-    scaler = torch.amp.GradScaler(data.device.type, enabled=cuda)
+                  graph: bool = False) -> Callable[[Tensor, Tensor | list[Tensor]], Tensor]:  # fmt: skip
+    """One step as the trainers' ``train_step``: autocast and loss scaling on CUDA, gradient clipping.
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+    ``graph``: forward pass, loss and backward pass as a CUDA graph, as DermoMamba's trainers do it.
+    """
+    cuda = next(network.parameters()).is_cuda
+    scaler = torch.amp.GradScaler("cuda" if cuda else "cpu", enabled=cuda)
+
+    def forward_backward(data: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         with torch.autocast("cuda") if cuda else nullcontext():
             value = loss(network(data), target)
         scaler.scale(value).backward()
+        return value.detach()
+
+    captured_pass = CapturedPass(forward_backward)
+
+    def step(data: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+        if not captured_pass.captured:
+            optimizer.zero_grad(set_to_none=True)
+        value = (captured_pass if graph and cuda else forward_backward)(data, target)
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(network.parameters(), clip)
         scaler.step(optimizer)
         scaler.update()
-        return value.detach()
+        return value
 
+    step.scaler = scaler  # type: ignore[attr-defined]
     return step
 
 
@@ -106,7 +119,7 @@ def unet_step(batch: int, device: torch.device, compiled: bool) -> Callable[[], 
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True)
     data, target = lesion_batch(batch, device)
     targets = [target[..., :: 2**i, :: 2**i].contiguous() for i in range(STAGES - 1)]
-    return training_step(network, nnunet_loss(compiled), optimizer, 12, data, targets)
+    return partial(training_step(network, nnunet_loss(compiled), optimizer, 12), data, targets)
 
 
 def dermomamba_step(batch: int, device: torch.device, compiled: bool) -> Callable[[], Tensor]:
@@ -115,7 +128,7 @@ def dermomamba_step(batch: int, device: torch.device, compiled: bool) -> Callabl
     optimizer = build_adamw(network, 1e-3, 1e-2, device)
     network = torch.compile(network) if compiled else network
     data, target = lesion_batch(batch, device)
-    return training_step(network, GuideFusionLoss(batch_dice=True), optimizer, 1, data, target)
+    return partial(training_step(network, GuideFusionLoss(batch_dice=True), optimizer, 1, graph=True), data, target)
 
 
 def median_ms(step: Callable[[], object], device: torch.device, seconds: float = 3.0) -> float:

@@ -14,8 +14,17 @@ import os
 import time
 
 import torch
-from contenders import PATCH, dermomamba, dermomamba_step, lesion_batch, median_ms, peak_gib, provenance, unet_step
-from torch import nn
+from contenders import (
+    PATCH,
+    dermomamba,
+    dermomamba_step,
+    lesion_batch,
+    median_ms,
+    peak_gib,
+    provenance,
+    training_step,
+    unet_step,
+)
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.network import DermoMamba
@@ -86,21 +95,11 @@ def stability(device: torch.device, steps: int, batch: int) -> None:
     torch.compiler.reset()
     network = dermomamba().to(device)
     optimizer = build_adamw(network, 1e-3, 1e-2, device)
-    compiled, loss = torch.compile(network), GuideFusionLoss(batch_dice=True)
-    scaler = torch.amp.GradScaler("cuda")
+    step = training_step(torch.compile(network), GuideFusionLoss(batch_dice=True), optimizer, 1.0, graph=True)
     losses, scales = [], []
     for index in range(steps):
-        data, target = lesion_batch(batch, device, seed=index % 200)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda"):
-            value = loss(compiled(data), target)
-        scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(value.detach())
-        scales.append(scaler.get_scale())
+        losses.append(step(*lesion_batch(batch, device, seed=index % 200)))
+        scales.append(step.scaler.get_scale())
     values = torch.stack(losses)
     skipped = [i for i in range(1, steps) if scales[i] < scales[i - 1]]
     bad = int((~torch.isfinite(values)).sum())

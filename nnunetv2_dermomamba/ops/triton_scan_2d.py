@@ -76,12 +76,23 @@ def _turned_cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.const
 
 
 @triton.jit
-def _dot(a, b, acc):
-    """``a b + acc`` to float32's precision from three tf32 products; ``tf32x3`` spends more on NaN than on products."""
-    a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
-    acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
+def _high(a, EXACT: tl.constexpr):
+    """The part of ``a`` that a tf32 product takes in whole."""
+    return a if EXACT else (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, acc, A_EXACT: tl.constexpr = False, B_EXACT: tl.constexpr = False):
+    """``a b + acc`` to float32's precision from three tf32 products; ``tf32x3`` spends more on NaN than on products.
+
+    A factor that came in half precision is EXACT: tf32 holds it in whole, and one product less is the same result.
+    """
+    a_high = _high(a, A_EXACT)
+    b_high = _high(b, B_EXACT)
+    if not A_EXACT:
+        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
+    if not B_EXACT:
+        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
     return tl.dot(a_high, b_high, acc, input_precision="tf32")
 
 
@@ -203,6 +214,7 @@ def _project(
 
     The weights' first blocks are the caller's: narrow maps have no other and load them once a work item.
     """
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     kb = tl.arange(0, CB)
     k = tl.arange(0, DP)
     raw = tl.zeros([S * SUB, DP], tl.float32)
@@ -210,9 +222,9 @@ def _project(
     for start in range(0, KD, CB):
         x = _load_map(x_ptr, position, valid, start + kb, d)
         block = first_block if KD == CB else _load_block(weight_ptr, start, DP, KD, CB)
-        raw = _dot(x, block, raw)
+        raw = _dot(x, block, raw, A_EXACT=EXACT)
         m_block = first_m_block if KD == CB else _load_block(m_weight_ptr, start, MP, KD, CB)
-        projected = _dot(x, m_block, projected)
+        projected = _dot(x, m_block, projected, A_EXACT=EXACT)
     raw += tl.load(bias_ptr + k, mask=k < d, other=0.0)[None, :]
     delta = tl.where(valid[:, None] & (k < d)[None, :], softplus(raw), 0.0)
     cell = _cells(k, DP, S, SUB)
@@ -339,6 +351,7 @@ def backward_2d_kernel(
     KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """A path and its reverse: ``dx`` likewise, and the program's own partial sums of the parameters' gradients."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     P: tl.constexpr = S * SUB
     PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
     # Rows of a map's sub-block that one thread loads: their sum costs nothing, the rest waits for the item's end.
@@ -433,8 +446,8 @@ def backward_2d_kernel(
                     if KD != CB:
                         dw, dm = tl.load(dw_at), tl.load(dm_at)
                     turned = tl.load(w_row + _turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
-                    dw = _dot(turned, x_block, dw)
-                    dm = _dot(tl.load(bc_row + _turned_cells(m, 2 * NP, S, SUB)), x_block, dm)
+                    dw = _dot(turned, x_block, dw, B_EXACT=EXACT)
+                    dm = _dot(tl.load(bc_row + _turned_cells(m, 2 * NP, S, SUB)), x_block, dm, B_EXACT=EXACT)
                     if KD != CB:
                         tl.store(dw_at, dw)
                         tl.store(dm_at, dm)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import autocast, nn
+from torch import Tensor, autocast, nn
 
 from nnunetv2_dermomamba.augmentation.trainer_mixin import DeviceAugmentationMixin
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import describe_choice
 
 from .averaging import AveragedWeightsMixin
+from .cuda_graph import CapturedPass
 from .guide_fusion_loss import GuideFusionLossMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw
 
@@ -28,6 +29,7 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
     epochs = 200
     warmup_epochs = 1.0
     gradient_clip = 1.0
+    cuda_graph = True  # on CUDA without DDP; the kernels are many and short
     augment_on_device = False  # not the default before benchmarks/epoch.py has been run on a GPU
 
     def __init__(
@@ -43,6 +45,7 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
         self.initial_lr = self.learning_rate
         self.weight_decay = self.adamw_weight_decay
         self.num_epochs = self.epochs
+        self._captured_pass = CapturedPass(self._forward_backward, self.print_to_log_file)
 
     @staticmethod
     def build_network_architecture(
@@ -79,21 +82,25 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self._set_learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast("cuda") if self.device.type == "cuda" else dummy_context():
-            loss = self.loss(self.network(data), target)
-        if self.grad_scaler is None:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
-            if torch.isfinite(norm):  # as the gradient scaler does on CUDA; nothing to wait for on the CPU
-                self.optimizer.step()
-        else:
-            self.grad_scaler.scale(loss).backward()
+        if not self._captured_pass.captured:
+            self.optimizer.zero_grad(set_to_none=True)
+        captures = self.cuda_graph and self.device.type == "cuda" and not self.is_ddp
+        loss = (self._captured_pass if captures else self._forward_backward)(data, target)
+        if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+        if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+        elif torch.isfinite(norm):  # as the gradient scaler does on CUDA; nothing to wait for on the CPU
+            self.optimizer.step()
         return {"loss": loss.detach(), "gradient_norm": norm}
+
+    def _forward_backward(self, data: Tensor, target: Tensor) -> Tensor:
+        with autocast("cuda") if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self.network(data), target)
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        return loss
 
 
 class nnUNetTrainerDermoMamba(GuideFusionLossMixin, nnUNetTrainerDermoMambaDiceCE):
