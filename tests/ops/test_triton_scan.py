@@ -159,6 +159,21 @@ def test_2d_more_channels_than_a_program_holds():
     check_2d(maps(1, 2, 3, triton_common.MAX_BLOCK + 1, 2, 2))
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_2d_half_precision_input_is_computed_in_float32(half):
+    inputs = maps(1, 3, 12, 8, 1, 16)
+    rounded = {**inputs, "x": inputs["x"].to(half).float()}
+    inputs["x"] = inputs["x"].to(half)
+    y, states = triton_scan.scan_2d_forward(*inputs.values())
+    expected, expected_states = triton_scan.scan_2d_forward(*rounded.values())
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    gradients = triton_scan.scan_2d_backward(y, *inputs.values(), states)
+    for ours, theirs in zip(
+        gradients, triton_scan.scan_2d_backward(y, *rounded.values(), expected_states), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_2d_extreme_decays():
     inputs = maps(1, 2, T, 4, 1, 4)
     inputs["A"][::3] = -1e3

@@ -1,0 +1,94 @@
+"""On a GPU: a captured step trains as a plain one does, and an overflow in float16 costs no weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_dermomamba.loss import GuideFusionLoss
+from nnunetv2_dermomamba.network import DermoMamba
+from nnunetv2_dermomamba.trainers.cuda_graph import WARM_UP, CapturedPass
+from nnunetv2_dermomamba.trainers.optimization import build_adamw
+
+pytestmark = pytest.mark.gpu
+
+
+class Training:
+    """A small DermoMamba's steps under fp16 autocast, captured or not."""
+
+    def __init__(self, captures: bool) -> None:
+        torch.manual_seed(0)
+        self.network = DermoMamba(3, 2, (64, 64)).cuda()
+        self.optimizer = build_adamw(self.network, 1e-3, 1e-2, torch.device("cuda"))
+        self.scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+        self.loss = GuideFusionLoss(batch_dice=True)
+        self.captured_pass = CapturedPass(self.forward_backward) if captures else None
+
+    def forward_backward(self, data: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast("cuda"):
+            value = self.loss(self.network(data), target)
+        self.scaler.scale(value).backward()
+        return value
+
+    def step(self, data: Tensor, target: Tensor) -> float:
+        if self.captured_pass is None or not self.captured_pass.captured:
+            self.optimizer.zero_grad(set_to_none=True)
+        value = (self.captured_pass or self.forward_backward)(data, target)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return float(value)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    """Noise, brighter on the lesion: a square of a side of its own."""
+    rng = torch.Generator().manual_seed(seed)
+    target = torch.zeros(4, 1, 64, 64, dtype=torch.int16)
+    target[..., 8 : 24 + seed, 8 : 24 + seed] = 1
+    return (torch.randn(4, 3, 64, 64, generator=rng) + target).cuda(), target.cuda()
+
+
+def test_captured_steps_train_as_plain_ones() -> None:
+    plain, captured = Training(False), Training(True)
+    losses = [[training.step(*batch(seed)) for seed in range(WARM_UP + 12)] for training in (plain, captured)]
+    assert captured.captured_pass is not None
+    assert captured.captured_pass.captured
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0.02)  # float16 sums in another order
+    assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_an_overflow_costs_one_step_and_no_weights(captures: bool) -> None:
+    training = Training(captures)
+    for seed in range(WARM_UP + 2):
+        training.step(*batch(seed))
+    weights = [parameter.detach().clone() for parameter in training.network.parameters()]
+    data, target = batch(0)
+    data[0, 0, 0, 0] = torch.inf
+    training.step(data, target)
+    assert training.scaler.get_scale() == 512.0
+    assert all(torch.equal(a, b) for a, b in zip(weights, training.network.parameters(), strict=True))
+    training.step(*batch(1))
+    assert all(torch.isfinite(parameter).all() for parameter in training.network.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(weights, training.network.parameters(), strict=True))
+
+
+def test_a_capture_that_fails_is_reported_and_goes_on() -> None:
+    lines: list[str] = []
+    parameter = torch.ones(1, device="cuda", requires_grad=True)
+
+    def waits(data: Tensor, target: Tensor) -> Tensor:
+        value = (parameter * data - target).square().mean()
+        value.backward()
+        assert float(value) >= 0  # waits for the device, which a capture refuses
+        return value
+
+    captured_pass = CapturedPass(waits, lines.append)
+    data = torch.ones(3, device="cuda")
+    losses = [float(captured_pass(data, 3 * data)) for _ in range(WARM_UP + 3)]
+    assert losses == [4.0] * (WARM_UP + 3)
+    assert not captured_pass.captured
+    assert len(lines) == 1
+    assert "without one" in lines[0]
