@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+
 
 class CBAM(nn.Module):
     """Convolutional block attention (Woo et al., 2018): a channel gate, then a spatial gate.
@@ -43,7 +45,7 @@ class PCA(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 9, padding=4, groups=dim)
+        self.conv = DepthwiseConv2d(dim, (9, 9))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         before = x.mean((2, 3), keepdim=True)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+
 from .ss2d import VSSBlock
 
 DILATIONS = (1, 2, 3)
@@ -21,10 +23,9 @@ class AxialDepthwise(nn.Module):
 
     def __init__(self, dim: int, dilation: int) -> None:
         super().__init__()
-        options = {"dilation": dilation, "groups": dim, "padding": "same"}
-        self.conv_w = nn.Conv2d(dim, dim, (1, KERNEL), **options)
-        self.conv_h = nn.Conv2d(dim, dim, (KERNEL, 1), **options)
-        self.conv = nn.Conv2d(dim, dim, 3, **options)
+        self.conv_w = DepthwiseConv2d(dim, (1, KERNEL), dilation)
+        self.conv_h = DepthwiseConv2d(dim, (KERNEL, 1), dilation)
+        self.conv = DepthwiseConv2d(dim, (3, 3), dilation)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return x + self.conv(self.conv_h(self.conv_w(x)))

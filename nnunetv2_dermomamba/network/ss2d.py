@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import selective_scan_2d
+from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 
 STATE = 16
 """States per channel, N (VMamba's default)."""
@@ -33,7 +34,7 @@ class SS2D(nn.Module):
         super().__init__()
         inner, rank = 2 * dim, math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.conv = DepthwiseConv2d(inner, (3, 3))
         projections = [nn.Linear(inner, rank + 2 * STATE, bias=False).weight for _ in range(4)]
         self.x_proj_weight = nn.Parameter(torch.stack([weight.detach() for weight in projections]))
         self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 _DOUBLE_BACKWARD = (
-    "the selective scan has no second derivative: do not call backward with create_graph=True through it, "
-    "or use nnunetv2_dermomamba.ops.naive, which plain autograd can differentiate twice"
+    "the selective scan and depthwise kernels have no second derivative: do not call backward with create_graph=True "
+    "through them, or use nnunetv2_dermomamba.ops.naive, which plain autograd can differentiate twice"
 )
 
 
-def _no_double_backward(op: Any) -> None:
+def no_double_backward(op: Any) -> None:
+    """Have a backward op refuse to be differentiated."""
+
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(_DOUBLE_BACKWARD)
 
@@ -81,7 +83,7 @@ def register_scan_1d(name: str, module: ModuleType) -> Callable[..., Tensor]:
         kind = _accumulation_type(u)
         return tuple(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in tensors)
 
-    _no_double_backward(backward_op)
+    no_double_backward(backward_op)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.delta_softplus = inputs
@@ -137,7 +139,7 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
         kind = _accumulation_type(x)
         return tuple(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in tensors)
 
-    _no_double_backward(backward_op)
+    no_double_backward(backward_op)
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, output[1])

@@ -117,6 +117,10 @@ def compare(preprocessed: Path, plans: dict, dataset_json: dict, name: str, step
     assert result["log"] == expected["log"]
 
 
+def test_a_step_gives_the_same_gradients(preprocessed, plans, dataset_json) -> None:
+    compare(preprocessed, plans, dataset_json, "nnUNetTrainerDermoMamba", 1, BATCH)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "batch_size"),

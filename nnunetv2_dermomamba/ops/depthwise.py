@@ -1,0 +1,78 @@
+"""Depthwise convolution: PyTorch's own, or, where Triton serves a GPU, kernels that read each byte once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import choose_backend
+from .library import no_double_backward
+
+
+@torch.library.custom_op("dermomamba::depthwise", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    from .triton_depthwise import depthwise_forward  # Triton need not be there for PyTorch's own
+
+    return depthwise_forward(x, weight, bias, dilation)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("dermomamba::depthwise_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_depthwise import depthwise_backward
+
+    return depthwise_backward(dy, x, weight, dilation)
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return torch.empty_like(x), dweight, dweight.new_empty(weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.dilation = inputs
+    ctx.bias_type = bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx, dweight, dbias = _backward(dy, x, weight, ctx.dilation)
+    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_type), None
+
+
+no_double_backward(_backward)
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with bias and "same" padding; parameters and results are ``nn.Conv2d``'s.
+
+    Where Triton serves the scan it serves this, too. The result is of autocast's type, the sums are float32's.
+
+    Args:
+        channels: C.
+        kernel_size: (height, width), odd.
+        dilation: of both axes.
+
+    Shape:
+        (B, C, H, W) to (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, kernel_size: tuple[int, int], dilation: int = 1) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels, padding="same", dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if not x.is_cuda or choose_backend("cuda", x.dtype) != "triton":
+            return super().forward(x)
+        if torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        assert self.bias is not None
+        return _forward(x, self.weight.contiguous(), self.bias, self.dilation[0])
