@@ -132,4 +132,4 @@ def depthwise_backward(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> 
             KH=KH, KW=KW, DILATION=dilation, TAPS=taps, P=positions, C=together
         )  # fmt: skip
     total = parts.sum(0)
-    return dx, total[:, :-1].reshape(weight.shape), total[:, -1].contiguous()
+    return dx, total[:, :-1].reshape(weight.shape).contiguous(), total[:, -1].contiguous()

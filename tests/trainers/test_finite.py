@@ -14,6 +14,7 @@ from torch import nn
 from nnunetv2_dermomamba import trainers
 from nnunetv2_dermomamba.network import dermomamba
 from nnunetv2_dermomamba.trainers import interruptible
+from nnunetv2_dermomamba.trainers.cuda_graph import WARM_UP
 from nnunetv2_dermomamba.trainers.finite import NotFiniteError, RunningStatistics, check_images, skipped_at_end
 
 STEPS = 10_000
@@ -27,12 +28,13 @@ def finite(network: nn.Module) -> bool:
 def build(preprocessed, plans, dataset_json, monkeypatch):
     """A trainer of our network, narrow, for patches of 32 x 40."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setattr(dermomamba, "WIDTHS", (4, 8))
     monkeypatch.setattr(dermomamba, "STRIDE", 4)
 
-    def make_trainer(name: str):
+    def make_trainer(name: str, device: str = "cpu"):
         trainer_class = getattr(trainers, name)
-        trainer = trainer_class(copy.deepcopy(plans), "2d", 0, dataset_json, torch.device("cpu"))
+        trainer = trainer_class(copy.deepcopy(plans), "2d", 0, dataset_json, torch.device(device))
         torch.manual_seed(0)
         trainer.initialize()
         trainer.on_train_epoch_start()
@@ -101,6 +103,39 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(build, bad: float) -> N
     trainer.train_step({"data": data, "target": target})
     assert finite(trainer.network)
     assert any(not torch.equal(*pair) for pair in zip(before, trainer.network.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["forward pass", "gradients"])
+@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize("name", ["nnUNetTrainerDermoMamba", "nnUNetTrainerDermoMambaDiceCE"])
+def test_an_overflow_of_float16_costs_the_step_alone(build, name: str, captures: bool, where: str) -> None:
+    trainer = build(name, "cuda")
+    trainer.cuda_graph = captures
+    data, target = images()["random"], targets()["one pixel"]
+    for _ in range(WARM_UP + 2):
+        trainer.train_step({"data": data, "target": target})
+    assert trainer._captured_pass.captured is captures
+    before = [parameter.detach().clone() for parameter in trainer.network.parameters()]
+    moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    scale = trainer.grad_scaler.get_scale()
+    overflowing = data.clone()
+    if where == "forward pass":
+        overflowing[0, 0, 3, 4] = 1e6  # float16 ends at 65 504
+    else:
+        scale = 2.0**60
+        trainer.grad_scaler.load_state_dict(trainer.grad_scaler.state_dict() | {"scale": scale})
+    outputs = trainer.train_step({"data": overflowing, "target": target})
+    assert skipped_at_end([outputs]) == 1
+    assert trainer.grad_scaler.get_scale() == scale / 2
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.network.parameters(), strict=True))
+    after = trainer.optimizer.state_dict()["state"]
+    assert all(torch.equal(value, after[key][kind]) for key, one in moments.items() for kind, value in one.items())
+    trainer.grad_scaler.load_state_dict(trainer.grad_scaler.state_dict() | {"scale": 1024.0})
+    assert skipped_at_end([trainer.train_step({"data": data, "target": target})]) == 0
+    assert not all(torch.equal(*pair) for pair in zip(before, trainer.network.parameters(), strict=True))
+    trainer.running_statistics.repair()
+    assert finite(trainer.network)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -216,17 +251,21 @@ def test_steps_that_stay_not_finite_end_the_run(small, monkeypatch) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["nnUNetTrainerDermoMamba", "nnUNetTrainerDermoMambaDiceCE"])
 @pytest.mark.parametrize("scale", [1.0, 1e15])
-def test_ten_thousand_steps_at_extremes(build, monkeypatch, name: str, scale: float) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ten_thousand_steps_at_extremes(build, name: str, scale: float, device: str) -> None:
     """Half of the steps for each loss, and half of them on images that may overflow."""
-    trainer = build(name)
+    trainer = build(name, device)
     generator = torch.Generator().manual_seed(1)
     rng = np.random.default_rng(1)
     labels = list(targets().values())
     start = copy.deepcopy(trainer.network.state_dict())
+    scaler = None if trainer.grad_scaler is None else trainer.grad_scaler.state_dict()
     skipped = 0
     for step in range(STEPS // 4):
         if step % 250 == 0:  # weights that a huge rate has carried away would skip all further steps
             trainer.network.load_state_dict(start)
+            if scaler is not None:
+                trainer.grad_scaler.load_state_dict(scaler)
             trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
             trainer.lr_scheduler.initial_lr = 10.0 ** rng.uniform(-8, 8)
         data = torch.randn(2, 3, 32, 40, generator=generator) * scale ** rng.uniform(-2, 2)
