@@ -24,6 +24,16 @@ def class_locations(segmentation: np.ndarray, labels: tuple) -> dict:
     return {label: np.argwhere(np.isin(segmentation, label)) for label in labels}
 
 
+def spoil_image(folder: Path, name: str, value: float) -> None:
+    """Put NaN or infinity into a channel of a preprocessed case."""
+    image, segmentation, _, properties = nnUNetDatasetBlosc2(str(folder), [name]).load_case(name)
+    image, segmentation = np.array(image[:]), np.array(segmentation[:])
+    for file in folder.glob(f"{name}*"):
+        file.unlink()
+    image[1, 0, 5:15, 5:60] = value
+    nnUNetDatasetBlosc2.save_case(image, segmentation, properties, str(folder / name), image.shape, segmentation.shape)
+
+
 @pytest.fixture
 def preprocessed(tmp_path, monkeypatch) -> Path:
     """Ten cases of several sizes, two classes; the third case has no foreground."""

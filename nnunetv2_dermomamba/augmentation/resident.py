@@ -11,6 +11,8 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
+from nnunetv2_dermomamba.finite_images import check_images
+
 from .parameters import to_device
 
 CASES_MEASURED = 32  # spread evenly; enough to tell whether a data set fits
@@ -46,6 +48,9 @@ class ResidentDataLoader:
     Args:
         loader: nnU-Net's loader of 2D patches.
         device: where the data set is kept.
+
+    Raises:
+        NotFiniteError: an image holds NaN or infinite values.
     """
 
     def __init__(self, loader: nnUNetDataLoader, device: torch.device) -> None:
@@ -65,6 +70,7 @@ class ResidentDataLoader:
     def _read(self, key: str) -> Case:
         data, segmentation, _, properties = self.loader._data.load_case(key)
         image = torch.from_numpy(np.ascontiguousarray(data[:], dtype=np.float32))
+        check_images({"data": image[None], "keys": [key]})
         labels = torch.from_numpy(np.ascontiguousarray(segmentation[:]))
         # int32 halves nnU-Net's tables of up to thousands of pixels a case
         locations = {name: np.asarray(pixels, np.int32) for name, pixels in properties["class_locations"].items()}

@@ -14,6 +14,8 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunetv2_dermomamba.finite_images import check_images
+
 from .parameters import UntranslatableTransformError
 from .resident import ResidentDataLoader, estimated_bytes
 from .translate import BatchAugmenter
@@ -46,6 +48,7 @@ class AugmentedBatches:
 
     def __next__(self) -> dict:
         batch = next(self.source)
+        check_images(batch)
         image, segmentation = (batch[name].to(self.augmenter.device, non_blocking=True) for name in ("data", "target"))
         image, segmentation = self.augmenter(image, segmentation)
         return {"data": image, "target": segmentation, "keys": batch["keys"]}

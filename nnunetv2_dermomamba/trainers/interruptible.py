@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .finite import NotFiniteError, RunningStatistics, check_images, skipped_at_end
+from nnunetv2_dermomamba.finite_images import NotFiniteError, check_images
+
+from .finite import RunningStatistics, skipped_at_end
 from .orphans import end_forks_with_parent
 from .safe_checkpoints import SafeCheckpointMixin
 from .seeding import environment_seed, seed_generators

@@ -8,12 +8,14 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from preprocessed_dataset import DATASET, spoil_image
 from scipy import stats
 
 from nnunetv2_dermomamba.augmentation import trainer_mixin
 from nnunetv2_dermomamba.augmentation.parameters import UntranslatableTransformError
 from nnunetv2_dermomamba.augmentation.resident import ResidentDataLoader
 from nnunetv2_dermomamba.augmentation.trainer_mixin import OPTION, AugmentedBatches, DeviceAugmentationMixin
+from nnunetv2_dermomamba.finite_images import NotFiniteError
 
 BATCHES = 60
 P_VALUE = 1e-3
@@ -145,6 +147,19 @@ def test_distribution_of_batches(make, monkeypatch, fits):
         own = statistics(loader)
         for name in their:
             assert stats.ks_2samp(own[name], their[name]).pvalue > P_VALUE, name
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_case_with_nan_is_named(make, monkeypatch, preprocessed, fits):
+    """Before it is on the device, where looking for it would mean to wait for the device at every step."""
+    trainer = make()
+    for number in range(7):
+        spoil_image(preprocessed / DATASET / "nnUNetPlans_2d", f"case_{number:02d}", np.nan)
+    trainer.augment_on_device = True
+    if not fits:
+        monkeypatch.setattr(trainer_mixin, "RESIDENT_SHARE", 0)
+    with pytest.raises(NotFiniteError, match="in the image of case_0"):
+        next(trainer.get_dataloaders()[0])
 
 
 def test_training_and_worker_processes_end(make, monkeypatch):

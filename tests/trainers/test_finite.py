@@ -7,15 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from preprocessed_dataset import DATASET, spoil_image
 from small_training import SmallNetwork, make
 from torch import nn
 
 from nnunetv2_dermomamba import trainers
+from nnunetv2_dermomamba.finite_images import NotFiniteError
 from nnunetv2_dermomamba.network import dermomamba
 from nnunetv2_dermomamba.trainers import interruptible
 from nnunetv2_dermomamba.trainers.cuda_graph import WARM_UP
-from nnunetv2_dermomamba.trainers.finite import NotFiniteError, RunningStatistics, check_images, skipped_at_end
+from nnunetv2_dermomamba.trainers.finite import RunningStatistics, skipped_at_end
 
 STEPS = 10_000
 
@@ -206,24 +207,11 @@ def test_statistics_are_repaired_before_anything_reads_them(small, monkeypatch) 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_case_with_nan_is_named(small, bad: float) -> None:
-    folder = small / "Dataset999_Ellipses" / "nnUNetPlans_2d"
-    image, segmentation, _, properties = nnUNetDatasetBlosc2(str(folder), ["case_03"]).load_case("case_03")
-    image = np.array(image[:])
-    image[1, 0, 5:15, 5:60] = bad
-    for file in folder.glob("case_03*"):
-        file.unlink()
-    target = str(folder / "case_03")
-    nnUNetDatasetBlosc2.save_case(image, segmentation[:], properties, target, image.shape, segmentation.shape)
+    spoil_image(small / DATASET / "nnUNetPlans_2d", "case_03", bad)
     trainer = make(small)
     with pytest.raises(NotFiniteError, match="in the image of case_03, as preprocessed"):
         trainer.run_training()
     assert finite(trainer.network)
-
-
-def test_images_of_finite_numbers_pass() -> None:
-    check_images({"data": torch.full((2, 3, 64, 64), 3e38), "keys": ["a", "b"]})  # their sum is not finite
-    with pytest.raises(NotFiniteError, match="of b, as"):
-        check_images({"data": torch.tensor([1.0, math.inf]).reshape(2, 1, 1, 1), "keys": ["a", "b"]})
 
 
 def test_skipped_steps_are_counted_from_the_end() -> None:

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT in a training, alone and with nnU-Net's worker processes."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,11 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import small_training
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from preprocessed_dataset import DATASET, spoil_image
 from small_training import SmallTrainer, make, results
 
 from nnunetv2_dermomamba.trainers.stop_signals import INTERRUPTED, STOPPED, StopRequest, stopping_at_once
@@ -131,17 +131,6 @@ with stopping_at_once("stopped"):
     subprocess.run([sys.executable, "-c", script], check=True, preexec_fn=prepare)
 
 
-def break_image(file: Path) -> None:
-    folder, case = str(file.parent), file.stem
-    image, segmentation, _, properties = nnUNetDatasetBlosc2(folder, [case]).load_case(case)
-    image, segmentation = np.array(image[:]), np.array(segmentation[:])
-    for part in file.parent.glob(f"{case}*"):
-        part.unlink()
-    image[:, 0, 10:20, 10:20] = np.nan
-    target = str(file.with_suffix(""))
-    nnUNetDatasetBlosc2.save_case(image, segmentation, properties, target, image.shape, segmentation.shape)
-
-
 class Run:
     """A training with two worker processes, in a process group of its own as a terminal and a cluster make it."""
 
@@ -191,8 +180,8 @@ def test_whole_group_is_signalled(small, number) -> None:
 
 @pytest.mark.faults
 def test_no_worker_outlives_a_failure(small) -> None:
-    for file in (small / "Dataset999_Ellipses" / "nnUNetPlans_2d").glob("case_0[0-6].b2nd"):
-        break_image(file)
+    for number in range(7):
+        spoil_image(small / DATASET / "nnUNetPlans_2d", f"case_{number:02d}", math.nan)
     run = Run(small)
     assert run.process.wait(60) == 1
     assert "NotFiniteError: NaN or infinite values in the image of case_0" in run.output.read_text()
