@@ -136,7 +136,8 @@ class _Zip:
         size = self.archive.getinfo(name).file_size
         if size > limit:
             raise ModelError(f"{str(self.path)!r}: {name!r} claims {size:,} bytes, more than {limit >> 20} MiB")
-        return self.archive.read(name)  # reads no more than the claimed size
+        with self.archive.open(name) as file:
+            return file.read(size)  # read() without a size would unpack up to 2 GiB before it cuts off what is too much
 
 
 def _suspicion(entry: zipfile.ZipInfo) -> str | None:
@@ -148,6 +149,8 @@ def _suspicion(entry: zipfile.ZipInfo) -> str | None:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "a link or a device"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a limit
+        return "compressed with something else than deflate"
     return None
 
 

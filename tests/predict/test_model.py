@@ -5,6 +5,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -202,6 +203,34 @@ def test_an_entry_that_claims_10_gigabytes_is_refused_before_it_is_read(tmp_path
     data[directory + 24 : directory + 28] = (MAX_CHECKPOINT_BYTES + 1).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(ModelError, match=r"claims [\d,]+ bytes, more than 2048 MiB"):
+        load_model(path)
+
+
+def test_an_entry_that_claims_less_than_it_unpacks_to_takes_no_more_memory(tmp_path):
+    path = tmp_path / "m.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("fold_0/checkpoint_final.pth", "x")
+        archive.writestr("dataset.json", "{}")
+        archive.writestr("plans.json", bytes(300_000_000))
+    data = bytearray(path.read_bytes())
+    directory = data.rfind(b"PK\x01\x02")  # of the last entry
+    data[directory + 24 : directory + 28] = (100).to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match=r"Bad CRC-32 for file 'plans\.json'"):
+            load_model(path)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_that_is_unpacked_without_a_limit_is_refused(unet, tmp_path, method):
+    path = zipped(unet, tmp_path / "m.zip")
+    with zipfile.ZipFile(path, "a", method) as archive:
+        archive.writestr("Dataset501_Test/t__p__2d/more", bytes(1000))
+    with pytest.raises(ModelError, match="something else than deflate"):
         load_model(path)
 
 
