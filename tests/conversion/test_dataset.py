@@ -381,6 +381,12 @@ def test_interrupted(isic, raw):
     assert run_in_process(isic).wait() == 0
 
 
+def test_workers_leave_interrupts_to_the_parent(heeding):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=dataset._initialise_worker) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_a_random_moment_of_overwriting(isic, raw, seed):
