@@ -1,6 +1,7 @@
 """The trainer option, with a real trainer on a small preprocessed data set."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,10 +159,9 @@ def test_a_case_with_nan_is_named(make, monkeypatch, preprocessed, fits):
     trainer.augment_on_device = True
     if not fits:
         monkeypatch.setattr(trainer_mixin, "RESIDENT_SHARE", 0)
+    attempt = trainer.get_dataloaders if fits else partial(next, trainer.get_dataloaders()[0])
     with pytest.raises(NotFiniteError, match="in the image of case_0"):
-        train, _ = trainer.get_dataloaders()
-        if not fits:
-            next(train)
+        attempt()
 
 
 def test_training_and_worker_processes_end(make, monkeypatch):

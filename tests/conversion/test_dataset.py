@@ -1,11 +1,13 @@
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -381,7 +383,7 @@ def test_interrupted(isic, raw):
     assert run_in_process(isic).wait() == 0
 
 
-def test_workers_leave_interrupts_to_the_parent(heeding):
+def test_workers_leave_interrupts_to_the_parent():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=dataset._initialise_worker) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN

@@ -30,10 +30,10 @@ def build(preprocessed, plans, dataset_json, monkeypatch):
     """A trainer of our network, narrow, for patches of 32 x 40."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "f")
-    monkeypatch.setattr(dermomamba, "WIDTHS", (4, 8))
     monkeypatch.setattr(dermomamba, "STRIDE", 4)
 
     def make_trainer(name: str, device: str = "cpu"):
+        monkeypatch.setattr(dermomamba, "WIDTHS", (8, 16) if device == "cuda" else (4, 8))
         trainer_class = getattr(trainers, name)
         trainer = trainer_class(copy.deepcopy(plans), "2d", 0, dataset_json, torch.device(device))
         torch.manual_seed(0)
