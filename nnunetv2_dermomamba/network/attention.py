@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+from nnunetv2_dermomamba.ops.maximum import maximum
 
 
 class CBAM(nn.Module):
@@ -27,11 +28,9 @@ class CBAM(nn.Module):
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        # The gradient of max goes to one index. That of amax divides by the number of values that equal the maximum,
-        # which torch.compile, rounding to float16 in one kernel and not in the other, counts as none: NaN.
-        pooled = torch.stack([x.mean((2, 3)), x.flatten(2).max(2).values])
+        pooled = torch.stack([x.mean((2, 3)), maximum(x.flatten(2), 2)])
         x = x * torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
-        summary = torch.stack([x.max(1).values, x.mean(1)], dim=1)
+        summary = torch.stack([maximum(x, 1), x.mean(1)], dim=1)
         return x * torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
 
 

@@ -1,0 +1,56 @@
+"""Maximum along one axis, with a gradient that stays finite when it is compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("dermomamba::maximum", mutates_args=())
+def _forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    values, indices = x.max(dim)
+    return values, indices
+
+
+@_forward.register_fake
+def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    values, indices = torch.max(x, dim)
+    return values, indices
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.dim = inputs
+    ctx.length = x.shape[ctx.dim]
+    ctx.save_for_backward(output[1])
+
+
+def _gradients(ctx: Any, dvalues: Tensor, dindices: Tensor | None) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    # one-hot times gradient rather than a scatter: a compiler fuses it into whatever reads it
+    positions = torch.arange(ctx.length, device=indices.device)
+    onehot = (indices.unsqueeze(-1) == positions).movedim(-1, ctx.dim)
+    return onehot * dvalues.unsqueeze(ctx.dim), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def maximum(x: Tensor, dim: int) -> Tensor:
+    """``x.amax(dim)`` whose gradient goes to one index, as ``x.max(dim)``'s does.
+
+    The gradient of ``amax`` divides by the number of values that equal the maximum. Compiled under float16 autocast
+    that number is 0, since one kernel compares rounded values with unrounded ones, and the gradient NaN; compiled,
+    ``x.max(dim)`` fails in Triton 3.6 at this network's shapes. As an operator of its own it is neither.
+
+    Args:
+        x: any shape and floating-point type.
+        dim: axis that is reduced.
+
+    Returns:
+        ``x``'s shape without ``dim``, ``x``'s type.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _forward(x, dim)[0]
+    return x.amax(dim)

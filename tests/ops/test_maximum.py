@@ -1,0 +1,41 @@
+"""The maximum with a gradient of its own against PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_dermomamba.ops.maximum import maximum
+
+
+def draw(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_equals_pytorchs_own(dim):
+    x, other = draw(), draw()
+    result, expected = maximum(x, dim), other.max(dim).values
+    assert torch.equal(result, expected)
+    weight = torch.randn_like(expected)
+    (result * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
+def test_gradient_of_equal_values_goes_to_one_of_them():
+    x = torch.ones(2, 4, 3, requires_grad=True)
+    maximum(x, 1).sum().backward()
+    assert torch.equal(x.grad.sum(1), torch.ones(2, 3))
+    assert set(x.grad.unique().tolist()) == {0, 1}
+
+
+def test_without_gradient_it_is_amax():
+    x = draw(torch.float16).detach()
+    assert torch.equal(maximum(x, 1), x.amax(1))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_is_a_proper_operator(dtype, dim):
+    torch.library.opcheck(torch.ops.dermomamba.maximum.default, (draw(dtype), dim))
