@@ -53,4 +53,4 @@ class CrossScaleMambaBlock(nn.Module):
         *chunks, rest = x.chunk(4, dim=1)
         branches = torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
         scanned = self.vss(branches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)))
+        return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)), inplace=True)

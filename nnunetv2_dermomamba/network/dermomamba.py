@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +53,12 @@ class DermoMamba(nn.Module):
         self.decoder = nn.ModuleList(DecoderStage(2 * dim) for dim in WIDTHS)  # shallowest first, like the encoder
         self.conv_out = nn.Conv2d(WIDTHS[0], num_classes, 1)
 
+    def train(self, mode: bool = True) -> DermoMamba:
+        """As ``nn.Module.train``; for inference on a CPU the weights are laid out as its convolutions read them."""
+        if not mode and self.conv_in.weight.device.type == "cpu":
+            self.to(memory_format=torch.channels_last)
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         height, width = self.patch_size
         if x.shape[2:] != self.patch_size:
@@ -59,6 +66,8 @@ class DermoMamba(nn.Module):
                 f"this DermoMamba was built for inputs of {height} x {width}, not {tuple(x.shape[2:])}: "
                 "build it with that patch_size"
             )
+        if x.device.type == "cpu":  # its convolutions are faster so, and the scans read channels last
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE)))
         skips = []
         for stage in self.encoder:

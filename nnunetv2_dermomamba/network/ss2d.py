@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import selective_scan_2d
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+from nnunetv2_dermomamba.ops.norm_linear import norm_linear
 
 STATE = 16
 """States per channel, N (VMamba's default)."""
@@ -45,12 +46,14 @@ class SS2D(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """``norm``, if any, comes first."""
+        projected = self.in_proj(x) if norm is None else norm_linear(x, norm, self.in_proj)
+        x, gate = projected.chunk(2, dim=-1)
+        x = F.silu(self.conv(x.permute(0, 3, 1, 2)), inplace=not torch.is_grad_enabled()).permute(0, 2, 3, 1)
         A = -torch.exp(self.A_logs.float())
         y = selective_scan_2d(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)
-        return self.out_proj(self.out_norm(y) * F.silu(gate))
+        return norm_linear(y, self.out_norm, self.out_proj, gate)
 
 
 class VSSBlock(nn.Module):
@@ -66,4 +69,4 @@ class VSSBlock(nn.Module):
         self.ss2d = SS2D(dim)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x + self.ss2d(self.norm(x))
+        return x + self.ss2d(x, self.norm)

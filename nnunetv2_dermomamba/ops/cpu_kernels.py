@@ -25,6 +25,9 @@ LOG2_E = math.log2(math.e)
 _FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": _FASTMATH, "error_model": "numpy"}
 f4 = np.float32
+# OpenBLAS shares products of more multiplications between threads of its own, which then spin beside PyTorch's
+# (interface/gemm.c: SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD).
+BLAS_LIMIT = 2**18
 
 
 def _exp2(t: float) -> float:
@@ -86,15 +89,30 @@ def _log1p_overload(e):
 
 @njit(**_OPTIONS)
 def softplus_tile(raw, delta, slope, steps):
-    """Delta = softplus(raw), slope = its derivative, for the first ``steps`` rows."""
+    """Delta = softplus(raw), slope = its derivative, for the first ``steps`` rows of contiguous tiles."""
     log2_e = raw.dtype.type(LOG2_E)
     one = raw.dtype.type(1.0)
-    for t in range(steps):
-        for i in range(raw.shape[1]):
-            v = raw[t, i]
-            e = _exp2(-abs(v) * log2_e)
-            delta[t, i] = max(v, raw.dtype.type(0.0)) + _log1p(e)
-            slope[t, i] = (one if v >= 0 else e) / (one + e)
+    # as one long row: rows of few channels are shorter than the vector loop
+    raw_row, delta_row, slope_row = raw.reshape(raw.size), delta.reshape(raw.size), slope.reshape(raw.size)
+    for i in range(steps * raw.shape[1]):
+        v = raw_row[i]
+        e = _exp2(-abs(v) * log2_e)
+        delta_row[i] = max(v, raw.dtype.type(0.0)) + _log1p(e)
+        slope_row[i] = (one if v >= 0 else e) / (one + e)
+
+
+@njit(**_OPTIONS)
+def rows_per_product(a, b):
+    """Rows of ``a`` (T, k) to multiply by ``b`` (k, m) at once, so that OpenBLAS stays on this thread."""
+    return max(1, BLAS_LIMIT // (a.shape[1] * b.shape[1]))
+
+
+@njit(**_OPTIONS)
+def product(a, b, out):
+    """Out = a b, on this thread."""
+    block = rows_per_product(a, b)
+    for start in range(0, a.shape[0], block):
+        np.dot(a[start : start + block], b, out[start : start + block])
 
 
 @njit(inline="always")
@@ -113,12 +131,16 @@ def gather_rows(source, tile, first, step, steps, height, width, column):
 
 
 @njit(**_OPTIONS)
-def scatter_add_rows(tile, target, first, step, steps, height, width, column):
-    """Inverse of ``gather_rows``, adding."""
+def scatter_rows(tile, target, first, step, steps, height, width, column, add):
+    """Inverse of ``gather_rows``; ``add``: to what is there."""
     for t in range(steps):
         row = row_of(first + t * step, height, width, column)
-        for i in range(target.shape[1]):
-            target[row, i] += tile[t, i]
+        if add:
+            for i in range(target.shape[1]):
+                target[row, i] += tile[t, i]
+        else:
+            for i in range(target.shape[1]):
+                target[row, i] = tile[t, i]
 
 
 @njit(**_OPTIONS)
@@ -199,7 +221,7 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
     @njit(**_OPTIONS)
     def project_tile(x, w_in, w_delta, bias, rows, raw, steps):
         """Rows [B, C, dt] (T, row_length) and the step sizes before the softplus (T, d) of a tile."""
-        np.dot(x, w_in, rows)  # the whole tile: rows beyond ``steps`` are stale but finite
+        product(x, w_in, rows)  # the whole tile: rows beyond ``steps`` are stale but finite
         for t in range(steps):
             for i in range(x.shape[1]):
                 total = bias[i]
@@ -220,12 +242,15 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
                 drows[t, 2 * state + r] = ddt
             for i in range(dim):
                 dbias[i] += draw[t, i]
-        dx[:steps] += np.dot(drows[:steps], w_in.T)
-        dw_in += np.dot(x[:steps].T, drows[:steps])
+        block = rows_per_product(x, w_in)
+        for start in range(0, steps, block):
+            end = min(start + block, steps)
+            dx[start:end] += np.dot(drows[start:end], w_in.T)
+            dw_in += np.dot(x[start:end].T, drows[start:end])
 
     @njit(**_OPTIONS)
     def forward_2d(x, height, width, k, tile, w_in, w_delta, bias, A2, D, states, y):
-        """One direction of one image: x (H W, d); fills states (chunks, d, N), adds to y (H W, d)."""
+        """One direction of an image: x (H W, d); fills states (chunks, d, N), writes y (H W, d), where k > 1 adds."""
         length, dim = x.shape
         kind = x.dtype
         xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
@@ -245,12 +270,12 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
                 for i in range(dim):
                     yt[t, i] = D[i] * xt[t, i]
             scan_tile(xt, rows, delta, A2, h, yt, steps)
-            scatter_add_rows(yt, y, first, step, steps, height, width, column)
+            scatter_rows(yt, y, first, step, steps, height, width, column, k >= 2)
 
     @njit(**_OPTIONS)
     def backward_2d(dy, x, height, width, k, tile, w_in, w_delta, bias, A, A2, D, states,
                     dx, dw_in, dw_delta, dbias, dA, dD):  # fmt: skip
-        """Gradients of ``forward_2d``: adds to all arguments in the second line."""
+        """Gradients of ``forward_2d``: adds to all arguments in the second line; writes dx where k < 2."""
         length, dim = x.shape
         kind = x.dtype
         xt, dyt, dxt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
@@ -281,7 +306,7 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
                 for i in range(dim):
                     ddelta[t, i] *= slope[t, i]
             project_tile_backward(drows, ddelta, xt, rows, w_in, w_delta, dxt, dw_in, dw_delta, dbias, steps)
-            scatter_add_rows(dxt, dx, first, step, steps, height, width, column)
+            scatter_rows(dxt, dx, first, step, steps, height, width, column, k >= 2)
 
     @njit(**_OPTIONS)
     def step_sizes(raw, delta, slope, bias, softplus, steps):

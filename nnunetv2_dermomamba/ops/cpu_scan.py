@@ -94,7 +94,7 @@ def scan_2d_forward(
     w_in, w_delta, bias, _, A2, D = _weights_2d(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, kind)
     xs = _array(x, kind).reshape(batch, height * width, dim)
     states = torch.empty(states_shape_2d(x, state), dtype=kind)
-    ys = torch.zeros(2, batch, height, width, dim, dtype=kind)  # rows and columns, so that two tasks never share a row
+    ys = torch.empty(2, batch, height, width, dim, dtype=kind)  # rows and columns, so that two tasks never share a row
     states_array, ys_array = states.numpy(), ys.view(2, batch, height * width, dim).numpy()
     forward, tile = kernels(state, _padded_rank(dt_projs_weight.shape[2])).forward_2d, tile_length(dim, state)
 
@@ -122,7 +122,7 @@ def scan_2d_backward(
     kind, state, rank = _accumulation_type(x), A.shape[1], dt_projs_weight.shape[2]
     w_in, w_delta, bias, A_array, A2, D = _weights_2d(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, kind)
     xs, dys = (_array(m, kind).reshape(batch, height * width, dim) for m in (x, dy))
-    dxs = torch.zeros(2, batch, height, width, dim, dtype=kind)
+    dxs = torch.empty(2, batch, height, width, dim, dtype=kind)
     dxs_array, states_array = dxs.view(2, batch, height * width, dim).numpy(), states.numpy()
     # One set of weight gradients a task, added afterwards in a fixed order: results do not depend on the threads.
     shapes = [(dim, 2 * state + _padded_rank(rank)), (dim, rank), (dim,), (dim, state), (dim,)]
