@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -14,13 +16,13 @@ WARM_UP = 3
 class CapturedPass:
     """Calls ``compute`` for the first batches, then captures it and replays the graph for all that follow.
 
-    The graph writes gradients to memory of its own: whoever calls this clears them before every call with
-    ``optimizer.zero_grad(set_to_none=True)`` until `captured`, and leaves them alone from then on.
+    The graph writes gradients to memory of its own: only ``compute`` may set them to None, and nobody once it is
+    `captured`. Where it cannot be captured, ``compute`` is called as it is, for good.
 
     Args:
-        compute: takes data and target, leaves gradients in the parameters and returns the loss; must not wait for
-            the device. All batches have the shapes and types of the first.
-        report: called with a line of text if the capture fails; ``compute`` is then called as it is.
+        compute: takes data and target, sets the gradients to None, leaves new ones in the parameters and returns the
+            loss; must not wait for the device. All batches have the shapes and types of the first.
+        report: called with a line of text if the capture fails.
     """
 
     def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], report: Callable[[str], None] = print) -> None:
@@ -38,10 +40,14 @@ class CapturedPass:
     def __call__(self, data: Tensor, target: Tensor) -> Tensor:
         """Loss of a batch, detached; the gradients are in the parameters."""
         self.calls += 1
-        if self.graph is None and not self.failed and self.calls > WARM_UP:
+        if self.calls < WARM_UP:
+            return self._on_side_stream(data, target)
+        if self.calls == WARM_UP:
+            return self._rehearse(data, target)
+        if self.graph is None and not self.failed:
             self._capture(data, target)
         if self.graph is None:
-            return self._on_side_stream(data, target) if self.calls <= WARM_UP else self.compute(data, target).detach()
+            return self.compute(data, target).detach()
         self.data.copy_(data, non_blocking=True)
         self.target.copy_(target, non_blocking=True)
         self.graph.replay()
@@ -51,20 +57,61 @@ class CapturedPass:
         # a capture runs on a stream of its own, and wants what it captures to have been warmed up on such a one
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            loss = self.compute(data, target).detach()
-        torch.cuda.current_stream().wait_stream(side)
-        return loss
+        try:
+            with torch.cuda.stream(side):
+                return self.compute(data, target).detach()
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
+
+    def _rehearse(self, data: Tensor, target: Tensor) -> Tensor:
+        # what waits for the device would break the capture, and PyTorch 2.11 does not get that one's memory back
+        try:
+            with _refusing_to_wait():
+                return self._on_side_stream(data, target)
+        except RuntimeError as error:
+            self._give_up(error)
+        return self.compute(data, target).detach()
 
     def _capture(self, data: Tensor, target: Tensor) -> None:
         self.data, self.target = data.clone(), target.clone()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            # nnU-Net's thread that pins the next batches in memory goes on meanwhile; "global" would have it fail
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 self.loss = self.compute(self.data, self.target).detach()
         except RuntimeError as error:
-            self.failed = True
-            first_line = str(error).partition("\n")[0]
-            self.report(f"The training step was not captured as a CUDA graph and runs without one: {first_line}")
+            torch.cuda.set_stream(stream)
+            _forget_capture(data.device.index, pool)
+            del self.data, self.target
+            self._give_up(error)
         else:
             self.graph = graph
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self.failed = True
+        cause = error.__context__ or error  # the end of a broken capture fails, too
+        first_line = str(cause).partition("\n")[0]
+        self.report(f"The training step was not captured as a CUDA graph and runs without one: {first_line}")
+
+
+def _forget_capture(device: int, pool: tuple[int, int]) -> None:
+    """Undo what PyTorch leaves of a capture that broke: it goes on believing in it."""
+    # or no random number can be drawn outside it
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+    # or empty_cache, which nnU-Net calls when the training is over, fails; PyTorch after 2.11 has done it
+    with suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype, which does not see everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -82,8 +82,6 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self._set_learning_rate()
-        if not self._captured_pass.captured:
-            self.optimizer.zero_grad(set_to_none=True)
         captures = self.cuda_graph and self.device.type == "cuda" and not self.is_ddp
         loss = (self._captured_pass if captures else self._forward_backward)(data, target)
         if self.grad_scaler is not None:
@@ -97,6 +95,7 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
         return {"loss": loss.detach(), "gradient_norm": norm}
 
     def _forward_backward(self, data: Tensor, target: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
         with autocast("cuda") if self.device.type == "cuda" else dummy_context():
             loss = self.loss(self.network(data), target)
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,14 +29,13 @@ class Training:
         self.captured_pass = CapturedPass(self.forward_backward) if captures else None
 
     def forward_backward(self, data: Tensor, target: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda"):
             value = self.loss(self.network(data), target)
         self.scaler.scale(value).backward()
         return value
 
     def step(self, data: Tensor, target: Tensor) -> float:
-        if self.captured_pass is None or not self.captured_pass.captured:
-            self.optimizer.zero_grad(set_to_none=True)
         value = (self.captured_pass or self.forward_backward)(data, target)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -75,23 +77,70 @@ def test_an_overflow_costs_one_step_and_no_weights(captures: bool) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(weights, training.network.parameters(), strict=True))
 
 
-def test_a_capture_that_fails_is_reported_and_goes_on() -> None:
+def waits(value: Tensor) -> None:
+    float(value)
+
+
+def waits_unseen(_: Tensor) -> None:
+    """Not among what PyTorch's own check knows, so that it breaks the capture itself."""
+    if torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+
+
+def needs_too_much_memory(_: Tensor) -> None:
+    """As where the graph's own memory does not fit beside what is there."""
+    if torch.cuda.is_current_stream_capturing():
+        torch.empty(2**50, device="cuda")
+
+
+@pytest.mark.parametrize("breaks", [waits, waits_unseen, needs_too_much_memory])
+def test_a_capture_that_fails_is_reported_and_leaves_nothing_behind(breaks: Callable[[Tensor], None]) -> None:
     lines: list[str] = []
     parameter = torch.ones(1, device="cuda", requires_grad=True)
 
-    def waits(data: Tensor, target: Tensor) -> Tensor:
-        value = (parameter * data - target).square().mean()
+    def compute(data: Tensor, target: Tensor) -> Tensor:
+        parameter.grad = None
+        value = (parameter * data - target).square().mean() + 0 * torch.rand((), device="cuda")
         value.backward()
-        assert float(value) >= 0  # waits for the device, which a capture refuses
+        breaks(value)
         return value
 
-    captured_pass = CapturedPass(waits, lines.append)
-    data = torch.ones(3, device="cuda")
-    losses = [float(captured_pass(data, 3 * data)) for _ in range(WARM_UP + 3)]
-    assert losses == [4.0] * (WARM_UP + 3)
+    captured_pass = CapturedPass(compute, lines.append)
+    stream = torch.cuda.current_stream()
+    seed = torch.cuda.initial_seed()
+    for number in range(WARM_UP + 3):
+        data = torch.full((3,), 1.0 + number, device="cuda")
+        assert float(captured_pass(data, 3 * data)) == 4 * (1 + number) ** 2
+        assert parameter.grad.item() == -4 * (1 + number) ** 2
     assert not captured_pass.captured
     assert len(lines) == 1
-    assert "without one" in lines[0]
+    assert "without one: " in lines[0]
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.initial_seed() == seed
+    drawn = torch.rand(1000, device="cuda").unique()  # refused by a generator that believes in the capture
+    assert len(drawn) > 900
+    torch.cuda.empty_cache()  # as nnU-Net when the training is over
+    again = CapturedPass(lambda data, target: (data * target).sum())
+    assert [float(again(data, data)) for _ in range(WARM_UP + 2)] == [float((data * data).sum())] * (WARM_UP + 2)
+    assert again.captured
+
+
+def test_other_threads_may_pin_memory_during_the_capture() -> None:
+    """nnU-Net's does so for every batch; in CUDA's default mode either it or the capture would fail."""
+    sizes = iter(range(10_000_000, 20_000_000, 1_000_000))  # never one that PyTorch has pinned before
+    pinned = []
+
+    def compute(data: Tensor, target: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: pinned.append(torch.empty(next(sizes)).pin_memory().is_pinned()))
+        thread.start()
+        thread.join()
+        return (data * target).sum()
+
+    captured_pass = CapturedPass(compute)
+    data = torch.ones(3, device="cuda")
+    assert [float(captured_pass(data, data)) for _ in range(WARM_UP + 2)] == [3.0] * (WARM_UP + 2)
+    assert captured_pass.captured
+    assert pinned == [True] * (WARM_UP + 1)
 
 
 def test_compiled_gradients_under_autocast_are_the_eager_ones() -> None:
