@@ -53,11 +53,11 @@ class SmallTrainer(nnUNetTrainerDermoMambaDiceCE):
         return SmallNetwork(num_input_channels, num_output_channels)
 
 
-def make(folder: Path, continue_training: bool = False) -> SmallTrainer:
+def make(folder: Path, continue_training: bool = False, device: str = "cpu") -> SmallTrainer:
     """A trainer for ``plans.json`` and ``dataset.json`` of a folder."""
     plans, dataset = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
     plans["continue_training"] = continue_training
-    return SmallTrainer(plans, "2d", 0, dataset, torch.device("cpu"))
+    return SmallTrainer(plans, "2d", 0, dataset, torch.device(device))
 
 
 def results(folder: Path) -> Path:
@@ -65,9 +65,9 @@ def results(folder: Path) -> Path:
     return folder / "Dataset999_Ellipses" / "SmallTrainer__nnUNetPlans__2d" / "fold_0"
 
 
-def train(folder: Path, continue_training: bool) -> None:
+def train(folder: Path, continue_training: bool, device: str = "cpu") -> None:
     """What ``nnUNetv2_train`` does, without the final validation."""
-    trainer = make(folder, continue_training)
+    trainer = make(folder, continue_training, device)
     maybe_load_checkpoint(trainer, continue_training, False)
     trainer.run_training()
 

@@ -64,6 +64,37 @@ def test_stops_after_the_step_and_goes_on(small, heeding, monkeypatch, tmp_path,
     assert resumed["logging"]["val_losses"] == straight["logging"]["val_losses"]
 
 
+@pytest.mark.gpu
+def test_stops_between_replays_of_a_cuda_graph_and_goes_on(small, heeding, monkeypatch, tmp_path) -> None:
+    def signalled(self, batch):
+        outputs = original(self, batch)
+        replayed.append(self._captured_pass.captured)
+        if (self.current_epoch, self.iteration) == (1, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outputs
+
+    monkeypatch.setenv("nnUNet_compile", "f")
+    monkeypatch.setattr(SmallTrainer, "epochs", 3)
+    original, replayed = SmallTrainer.train_step, []
+    with monkeypatch.context() as patch:
+        patch.setattr(SmallTrainer, "train_step", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            small_training.train(small, continue_training=False, device="cuda")
+    assert stopped.value.code == STOPPED
+    assert len(replayed) == 8 + 5
+    assert replayed[-8:] == [True] * 8
+    latest = torch.load(results(small) / "checkpoint_latest.pth", map_location="cpu", weights_only=False)
+    assert (latest["current_epoch"], latest["iteration"]) == (1, 5)
+    small_training.train(small, continue_training=True, device="cuda")
+    resumed = torch.load(results(small) / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    assert all(torch.isfinite(value).all() for value in resumed["network_weights"].values())
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "straight"))
+    small_training.train(small, continue_training=False, device="cuda")
+    straight = torch.load(results(tmp_path / "straight") / "checkpoint_final.pth", weights_only=False)
+    for name in ("train_losses", "val_losses"):  # alike only: a GPU adds up in any order
+        assert resumed["logging"][name] == pytest.approx(straight["logging"][name], rel=0.05, abs=0.03)
+
+
 def test_an_ignored_signal_stays_ignored(heeding) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = StopRequest()
