@@ -97,7 +97,7 @@ def train(backend: str, name: str, rank: int, world_size: int, folder: Path, ste
 
 def run(folder: Path, backend: str, name: str, world_size: int, steps: int, batch_size: int) -> list[dict]:
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "nnUNet_n_proc_DA": "0",
         "nnUNet_def_n_proc": "1",
