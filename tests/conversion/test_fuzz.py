@@ -63,11 +63,11 @@ def png(width, height, data):
 @pytest.mark.parametrize("side", [2**31 - 1, 100_000, 10_000])
 def test_a_png_that_claims_more_than_it_can_hold(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png(side, side, zlib.compress(b"\0" * 10_000_000)))
-    start = time.perf_counter()
+    start = time.process_time()
     for read in (read_rgb, read_mask):
         with pytest.raises(ImageReadError):
             read(tmp_path / "bomb.png")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.faults

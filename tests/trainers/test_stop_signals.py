@@ -12,6 +12,7 @@ import pytest
 import small_training
 import torch
 from preprocessed_dataset import DATASET, spoil_image
+from processes import left, living
 from small_training import SmallTrainer, make, results
 
 from nnunetv2_dermomamba.trainers.stop_signals import INTERRUPTED, STOPPED, StopRequest, stopping_at_once
@@ -185,9 +186,8 @@ class Run:
             assert time.monotonic() < end
             time.sleep(0.1)
 
-    def workers(self) -> list[str]:
-        listed = subprocess.run(["pgrep", "-g", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        return [line for line in listed if line != str(self.process.pid)]
+    def workers(self) -> list[int]:
+        return [process for process in living(self.process.pid) if process != self.process.pid]
 
 
 @pytest.mark.faults
@@ -202,8 +202,7 @@ def test_whole_group_is_signalled(small, number) -> None:
     assert f"Stopped by {number.name}. Saved after iteration" in output
     assert "Traceback" not in output
     assert "Exception" not in output
-    time.sleep(0.5)
-    assert run.workers() == []
+    assert left(run.process.pid) == []
     resumed = Run(small, "--epochs", "5", "--c")
     assert resumed.process.wait(120) == 0, resumed.output.read_text()[-2000:]
     assert "Epoch 0\n" not in resumed.output.read_text()
@@ -214,9 +213,9 @@ def test_no_worker_outlives_a_failure(small) -> None:
     for number in range(7):
         spoil_image(small / DATASET / "nnUNetPlans_2d", f"case_{number:02d}", math.nan)
     run = Run(small)
-    assert run.process.wait(60) == 1
+    assert run.process.wait(120) == 1
     assert "NotFiniteError: NaN or infinite values in the image of case_0" in run.output.read_text()
-    assert run.workers() == []
+    assert left(run.process.pid) == []
 
 
 @pytest.mark.faults
@@ -227,10 +226,7 @@ def test_no_worker_outlives_a_kill(small) -> None:
     assert len(run.workers()) >= 3
     run.process.kill()
     run.process.wait()
-    end = time.monotonic() + 20
-    while run.workers() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert run.workers() == []
+    assert left(run.process.pid) == []
 
 
 @pytest.mark.faults
@@ -241,5 +237,4 @@ def test_group_interrupted_twice(small) -> None:
         os.killpg(run.process.pid, signal.SIGINT)
     assert run.process.wait(30) in (INTERRUPTED, STOPPED)
     assert "Traceback" not in run.output.read_text()
-    time.sleep(0.5)
-    assert run.workers() == []
+    assert left(run.process.pid) == []
