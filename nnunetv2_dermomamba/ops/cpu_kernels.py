@@ -1,8 +1,8 @@
 """Numba kernels of the selective scan for the CPU: one tile of positions at a time, everything else in cache.
 
 Why tiles: projections, step sizes and states of a tile of ``T`` positions fit into the level-2 cache, so that no B, C,
-dt or state tensor of full length exists, and each short loop below is a shape that LLVM turns into vector instructions.
-The innermost loops run over the state axis, whose length is compiled in (``kernels(state)``) for that reason.
+dt or state tensor of full length exists. Vectors (``cpu_lanes``) run over channels: no sum over states crosses lanes,
+and eight channels suffice, as in the network's first stage.
 
 Within a tile, rows are in walking order: a reversed or column-major direction is only another way to gather rows.
 The kernels release the GIL; ``cpu_scan`` runs them on a thread pool. Compiled code is cached on disk by Numba.
@@ -19,6 +19,8 @@ import numba
 import numpy as np
 from numba import njit
 from numba.extending import overload
+
+from .cpu_lanes import LANES, exp2_lanes, load, splat, store, total
 
 LOG2_E = math.log2(math.e)
 # Everything but nnan and ninf: a NaN in an image must stay a NaN.
@@ -88,17 +90,25 @@ def _log1p_overload(e):
 
 
 @njit(**_OPTIONS)
-def softplus_tile(raw, delta, slope, steps):
-    """Delta = softplus(raw), slope = its derivative, for the first ``steps`` rows of contiguous tiles."""
+def softplus_tile(raw, delta, steps):
+    """Delta = softplus(raw) for the first ``steps`` rows of contiguous tiles."""
     log2_e = raw.dtype.type(LOG2_E)
-    one = raw.dtype.type(1.0)
     # as one long row: rows of few channels are shorter than the vector loop
-    raw_row, delta_row, slope_row = raw.reshape(raw.size), delta.reshape(raw.size), slope.reshape(raw.size)
+    raw_row, delta_row = raw.reshape(raw.size), delta.reshape(raw.size)
+    for i in range(steps * raw.shape[1]):
+        v = raw_row[i]
+        delta_row[i] = max(v, raw.dtype.type(0.0)) + _log1p(_exp2(-abs(v) * log2_e))
+
+
+@njit(**_OPTIONS)
+def softplus_backward_tile(raw, ddelta, steps):
+    """Multiplies ddelta by the derivative of softplus at raw."""
+    one, log2_e = raw.dtype.type(1.0), raw.dtype.type(LOG2_E)
+    raw_row, ddelta_row = raw.reshape(raw.size), ddelta.reshape(raw.size)
     for i in range(steps * raw.shape[1]):
         v = raw_row[i]
         e = _exp2(-abs(v) * log2_e)
-        delta_row[i] = max(v, raw.dtype.type(0.0)) + _log1p(e)
-        slope_row[i] = (one if v >= 0 else e) / (one + e)
+        ddelta_row[i] *= (one if v >= 0 else e) / (one + e)
 
 
 @njit(**_OPTIONS)
@@ -124,23 +134,25 @@ def row_of(position, height, width, column):
 @njit(**_OPTIONS)
 def gather_rows(source, tile, first, step, steps, height, width, column):
     """Rows of a (H W, d) map along a walk that starts at ``first`` and goes by ``step`` (1 or -1)."""
+    whole = source.shape[1] // LANES * LANES
     for t in range(steps):
         row = row_of(first + t * step, height, width, column)
-        for i in range(source.shape[1]):
+        for c in range(0, whole, LANES):
+            store(tile, t, c, load(source, row, c))
+        for i in range(whole, source.shape[1]):
             tile[t, i] = source[row, i]
 
 
 @njit(**_OPTIONS)
 def scatter_rows(tile, target, first, step, steps, height, width, column, add):
     """Inverse of ``gather_rows``; ``add``: to what is there."""
+    whole = target.shape[1] // LANES * LANES
     for t in range(steps):
         row = row_of(first + t * step, height, width, column)
-        if add:
-            for i in range(target.shape[1]):
-                target[row, i] += tile[t, i]
-        else:
-            for i in range(target.shape[1]):
-                target[row, i] = tile[t, i]
+        for c in range(0, whole, LANES):
+            store(target, row, c, load(target, row, c) + load(tile, t, c) if add else load(tile, t, c))
+        for i in range(whole, target.shape[1]):
+            target[row, i] = target[row, i] + tile[t, i] if add else tile[t, i]
 
 
 @njit(**_OPTIONS)
@@ -159,89 +171,128 @@ def transpose_out(tile, target, first, steps):
             target[i, first + t] += tile[t, i]
 
 
-@cache
-def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
-    """The kernels for a number of states per channel (and, for the 2D scan, a padded dt rank), compiled in.
+@njit(**_OPTIONS)
+def scale_tile(x, D, y, steps):
+    """Y = D x."""
+    for t in range(steps):
+        for c in range(0, x.shape[1], LANES):
+            store(y, t, c, load(D, 0, c) * load(x, t, c))
 
-    Both are lengths of innermost loops. Rows of a tile are [B (N), C (N), dt (padded_rank)].
+
+@njit(**_OPTIONS)
+def add_products(a, b, sums, steps):
+    """Adds the sum over ``steps`` rows of a b to sums (1, d)."""
+    for c in range(0, a.shape[1], LANES):
+        column = load(sums, 0, c)
+        for t in range(steps):
+            column = column + load(a, t, c) * load(b, t, c)
+        store(sums, 0, c, column)
+
+
+@njit(**_OPTIONS)
+def add_rows(a, sums, steps):
+    """Adds the sum over ``steps`` rows of a to sums (1, d)."""
+    for c in range(0, a.shape[1], LANES):
+        column = load(sums, 0, c)
+        for t in range(steps):
+            column = column + load(a, t, c)
+        store(sums, 0, c, column)
+
+
+@cache
+def kernels(state: int, row_length: int) -> SimpleNamespace:
+    """The kernels for a number of states per channel and a length of a tile's rows, both compiled in.
+
+    Rows of a tile are [B (N), C (N), dt (R), padding]. Channels are padded to whole vectors: tiles are (T, d), vectors
+    of channels (1, d), and what there is for every state (A, h and their gradients) is (d / 8 * N, 8), a vector of
+    eight channels after the other.
     """
-    row_length = 2 * state + padded_rank
 
     @njit(**_OPTIONS)
     def scan_tile(x, rows, delta, A2, h, y, steps):
-        """Walk a tile forward: updates the states ``h`` (d, N) and adds <C, h> to ``y`` (T, d)."""
-        for t in range(steps):
-            for i in range(x.shape[1]):
-                step = delta[t, i]
-                drive = step * x[t, i]
-                total = x.dtype.type(0.0)
+        """Walk a tile forward: updates the states ``h`` and adds <C, h> to ``y``."""
+        for block in range(x.shape[1] // LANES):
+            c, first = block * LANES, block * state
+            for t in range(steps):
+                step = load(delta, t, c)
+                drive = step * load(x, t, c)
+                out = load(y, t, c)
                 for n in range(state):
-                    hn = _exp2(step * A2[i, n]) * h[i, n] + drive * rows[t, n]
-                    h[i, n] = hn
-                    total += hn * rows[t, state + n]
-                y[t, i] += total
+                    hn = exp2_lanes(step * load(A2, first + n, 0)) * load(h, first + n, 0) + drive * splat(rows[t, n])
+                    store(h, first + n, 0, hn)
+                    out = out + hn * splat(rows[t, state + n])
+                store(y, t, c, out)
 
     @njit(**_OPTIONS)
-    def record_tile(x, rows, delta, A2, h, before, decay, steps):
-        """Walk a tile forward, keeping the state before each step and each step's decay, (T, d, N)."""
+    def record_block(block, x, rows, delta, A2, h, before, decay, steps):
+        """Walk eight channels of a tile forward, keeping the state before each step and each step's decay, (T N, 8)."""
+        c, first = block * LANES, block * state
         for t in range(steps):
-            for i in range(x.shape[1]):
-                step = delta[t, i]
-                drive = step * x[t, i]
-                for n in range(state):
-                    a = _exp2(step * A2[i, n])
-                    decay[t, i, n] = a
-                    before[t, i, n] = h[i, n]
-                    h[i, n] = a * h[i, n] + drive * rows[t, n]
+            step = load(delta, t, c)
+            drive = step * load(x, t, c)
+            for n in range(state):
+                a, hn = exp2_lanes(step * load(A2, first + n, 0)), load(h, first + n, 0)
+                store(decay, t * state + n, 0, a)
+                store(before, t * state + n, 0, hn)
+                store(h, first + n, 0, a * hn + drive * splat(rows[t, n]))
 
     @njit(**_OPTIONS)
-    def backward_tile(dy, x, rows, delta, A, before, decay, g, dx, ddelta, drows, dA, steps):
-        """Walk a tile backward with the adjoint states ``g`` (d, N); adds to dx, ddelta, drows and dA."""
+    def backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps):
+        """Walk them backward with the adjoint states ``g``; adds to dx, ddelta, dbc (T 2 N, 8) and dA."""
+        c, first = block * LANES, block * state
         for t in range(steps - 1, -1, -1):
-            for i in range(x.shape[1]):
-                step = delta[t, i]
-                drive = step * x[t, i]
-                dout = dy[t, i]
-                ddrive = x.dtype.type(0.0)
-                dstep = x.dtype.type(0.0)
-                for n in range(state):
-                    a = decay[t, i, n]
-                    hb = before[t, i, n]
-                    gn = g[i, n] + dout * rows[t, state + n]
-                    drows[t, state + n] += dout * (a * hb + drive * rows[t, n])
-                    drows[t, n] += gn * drive
-                    ddrive += gn * rows[t, n]
-                    dlog = gn * hb * a
-                    dstep += dlog * A[i, n]
-                    dA[i, n] += dlog * step
-                    g[i, n] = gn * a
-                dx[t, i] += ddrive * step
-                ddelta[t, i] += ddrive * x[t, i] + dstep
+            step, u, dout = load(delta, t, c), load(x, t, c), load(dy, t, c)
+            drive = step * u
+            ddrive = dstep = splat(x.dtype.type(0.0))
+            for n in range(state):
+                a, b = load(decay, t * state + n, 0), splat(rows[t, n])
+                carried = a * load(before, t * state + n, 0)
+                gn = load(g, first + n, 0) + dout * splat(rows[t, state + n])
+                in_b, in_c = 2 * state * t + n, 2 * state * t + state + n
+                store(dbc, in_b, 0, load(dbc, in_b, 0) + gn * drive)
+                store(dbc, in_c, 0, load(dbc, in_c, 0) + dout * (carried + drive * b))
+                ddrive = ddrive + gn * b
+                dlog = gn * carried
+                dstep = dstep + dlog * load(A, first + n, 0)
+                store(dA, first + n, 0, load(dA, first + n, 0) + dlog * step)
+                store(g, first + n, 0, gn * a)
+            store(dx, t, c, load(dx, t, c) + ddrive * step)
+            store(ddelta, t, c, load(ddelta, t, c) + ddrive * u + dstep)
+
+    @njit(**_OPTIONS)
+    def scan_tile_backward(dy, x, rows, delta, A, A2, h, before, decay, g, dbc, dx, ddelta, drows, dA, steps):
+        """Gradients of ``scan_tile``: adds to dx and dA; writes ddelta and drows' B and C; ``h`` as it was before."""
+        ddelta[:] = 0
+        dbc[:] = 0
+        for block in range(x.shape[1] // LANES):
+            record_block(block, x, rows, delta, A2, h, before, decay, steps)
+            backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps)
+        for t in range(steps):
+            for j in range(2 * state):
+                drows[t, j] = total(load(dbc, 2 * state * t + j, 0))
 
     @njit(**_OPTIONS)
     def project_tile(x, w_in, w_delta, bias, rows, raw, steps):
         """Rows [B, C, dt] (T, row_length) and the step sizes before the softplus (T, d) of a tile."""
         product(x, w_in, rows)  # the whole tile: rows beyond ``steps`` are stale but finite
         for t in range(steps):
-            for i in range(x.shape[1]):
-                total = bias[i]
-                for r in range(w_delta.shape[1]):
-                    total += rows[t, 2 * state + r] * w_delta[i, r]
-                raw[t, i] = total
+            for c in range(0, x.shape[1], LANES):
+                value = load(bias, 0, c)
+                for r in range(w_delta.shape[0]):
+                    value = value + splat(rows[t, 2 * state + r]) * load(w_delta, r, c)
+                store(raw, t, c, value)
 
     @njit(**_OPTIONS)
     def project_tile_backward(drows, draw, x, rows, w_in, w_delta, dx, dw_in, dw_delta, dbias, steps):
         """Adds the gradients of ``project_tile``'s inputs and weights; ``drows`` holds those of B and C on entry."""
-        dim, rank = w_delta.shape
         for t in range(steps):
-            for r in range(rank):
-                ddt = x.dtype.type(0.0)
-                for i in range(dim):
-                    ddt += draw[t, i] * w_delta[i, r]
-                    dw_delta[i, r] += draw[t, i] * rows[t, 2 * state + r]
-                drows[t, 2 * state + r] = ddt
-            for i in range(dim):
-                dbias[i] += draw[t, i]
+            for r in range(w_delta.shape[0]):
+                dt, ddt = splat(rows[t, 2 * state + r]), splat(x.dtype.type(0.0))
+                for c in range(0, x.shape[1], LANES):
+                    ddt = ddt + load(draw, t, c) * load(w_delta, r, c)
+                    store(dw_delta, r, c, load(dw_delta, r, c) + load(draw, t, c) * dt)
+                drows[t, 2 * state + r] = total(ddt)
+        add_rows(draw, dbias, steps)
         block = rows_per_product(x, w_in)
         for start in range(0, steps, block):
             end = min(start + block, steps)
@@ -250,13 +301,16 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
 
     @njit(**_OPTIONS)
     def forward_2d(x, height, width, k, tile, w_in, w_delta, bias, A2, D, states, y):
-        """One direction of an image: x (H W, d); fills states (chunks, d, N), writes y (H W, d), where k > 1 adds."""
-        length, dim = x.shape
+        """One direction of an image: x (H W, d'); fills states (chunks, d / 8 * N, 8), writes y (H W, d').
+
+        d' is d without the padding. Where k > 1 it adds to y.
+        """
+        length, dim = x.shape[0], w_in.shape[0]
         kind = x.dtype
         xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+        raw, delta = np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         rows = np.empty((tile, row_length), kind)
-        h = np.zeros((dim, state), kind)
+        h = np.zeros(states.shape[1:], kind)
         column, step = k % 2 == 1, 1 if k < 2 else -1
         for chunk in range(states.shape[0]):
             start = chunk * tile
@@ -265,10 +319,8 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
             states[chunk] = h
             gather_rows(x, xt, first, step, steps, height, width, column)
             project_tile(xt, w_in, w_delta, bias, rows, raw, steps)
-            softplus_tile(raw, delta, slope, steps)
-            for t in range(steps):
-                for i in range(dim):
-                    yt[t, i] = D[i] * xt[t, i]
+            softplus_tile(raw, delta, steps)
+            scale_tile(xt, D, yt, steps)
             scan_tile(xt, rows, delta, A2, h, yt, steps)
             scatter_rows(yt, y, first, step, steps, height, width, column, k >= 2)
 
@@ -276,14 +328,14 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
     def backward_2d(dy, x, height, width, k, tile, w_in, w_delta, bias, A, A2, D, states,
                     dx, dw_in, dw_delta, dbias, dA, dD):  # fmt: skip
         """Gradients of ``forward_2d``: adds to all arguments in the second line; writes dx where k < 2."""
-        length, dim = x.shape
+        length, dim = x.shape[0], w_in.shape[0]
         kind = x.dtype
-        xt, dyt, dxt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        ddelta = np.empty((tile, dim), kind)
-        rows, drows = np.empty((tile, row_length), kind), np.empty((tile, row_length), kind)
-        before, decay = np.empty((tile, dim, state), kind), np.empty((tile, dim, state), kind)
-        h, g = np.empty((dim, state), kind), np.zeros((dim, state), kind)
+        xt, dyt, dxt = np.zeros((tile, dim), kind), np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+        raw, delta, ddelta = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+        rows, drows = np.empty((tile, row_length), kind), np.zeros((tile, row_length), kind)
+        before, decay = np.empty((tile * state, LANES), kind), np.empty((tile * state, LANES), kind)
+        dbc = np.empty((tile * 2 * state, LANES), kind)
+        h, g = np.empty(A.shape, kind), np.zeros(A.shape, kind)
         column, step = k % 2 == 1, 1 if k < 2 else -1
         for chunk in range(states.shape[0] - 1, -1, -1):
             start = chunk * tile
@@ -293,41 +345,34 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
             gather_rows(x, xt, first, step, steps, height, width, column)
             gather_rows(dy, dyt, first, step, steps, height, width, column)
             project_tile(xt, w_in, w_delta, bias, rows, raw, steps)
-            softplus_tile(raw, delta, slope, steps)
-            record_tile(xt, rows, delta, A2, h, before, decay, steps)
-            drows[:] = 0
-            ddelta[:] = 0
-            for t in range(steps):
-                for i in range(dim):
-                    dxt[t, i] = D[i] * dyt[t, i]
-                    dD[i] += dyt[t, i] * xt[t, i]
-            backward_tile(dyt, xt, rows, delta, A, before, decay, g, dxt, ddelta, drows, dA, steps)
-            for t in range(steps):
-                for i in range(dim):
-                    ddelta[t, i] *= slope[t, i]
+            softplus_tile(raw, delta, steps)
+            scale_tile(dyt, D, dxt, steps)
+            add_products(dyt, xt, dD, steps)
+            scan_tile_backward(dyt, xt, rows, delta, A, A2, h, before, decay, g, dbc, dxt, ddelta, drows, dA, steps)
+            softplus_backward_tile(raw, ddelta, steps)
             project_tile_backward(drows, ddelta, xt, rows, w_in, w_delta, dxt, dw_in, dw_delta, dbias, steps)
             scatter_rows(dxt, dx, first, step, steps, height, width, column, k >= 2)
 
     @njit(**_OPTIONS)
-    def step_sizes(raw, delta, slope, bias, softplus, steps):
+    def step_sizes(raw, delta, bias, softplus, steps):
         """Step sizes of the 1D op: bias added, softplus where asked for."""
         for t in range(steps):
-            for i in range(raw.shape[1]):
-                raw[t, i] += bias[i]
-                delta[t, i] = raw[t, i]
-                slope[t, i] = 1
+            for c in range(0, raw.shape[1], LANES):
+                value = load(raw, t, c) + load(bias, 0, c)
+                store(raw, t, c, value)
+                store(delta, t, c, value)
         if softplus:
-            softplus_tile(raw, delta, slope, steps)
+            softplus_tile(raw, delta, steps)
 
     @njit(**_OPTIONS)
     def forward_1d(u, delta_in, A2, B, C, D, bias, softplus, tile, states, y):
-        """One sample, one group: u, delta_in (d, L), B, C (N, L); fills states (chunks, d, N), adds to y (d, L)."""
-        dim, length = u.shape
+        """One sample, one group: u, delta_in (d', L), B, C (N, L); fills states, adds to y (d', L)."""
+        length, dim = u.shape[1], D.shape[1]
         kind = u.dtype
-        xt, yt = np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+        xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+        raw, delta = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
         rows = np.empty((tile, row_length), kind)
-        h = np.zeros((dim, state), kind)
+        h = np.zeros(states.shape[1:], kind)
         for chunk in range(states.shape[0]):
             start = chunk * tile
             steps = min(tile, length - start)
@@ -336,10 +381,8 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
             transpose_in(delta_in, raw, start, steps)
             transpose_in(B, rows[:, :state], start, steps)
             transpose_in(C, rows[:, state:], start, steps)
-            step_sizes(raw, delta, slope, bias, softplus, steps)
-            for t in range(steps):
-                for i in range(dim):
-                    yt[t, i] = D[i] * xt[t, i]
+            step_sizes(raw, delta, bias, softplus, steps)
+            scale_tile(xt, D, yt, steps)
             scan_tile(xt, rows, delta, A2, h, yt, steps)
             transpose_out(yt, y, start, steps)
 
@@ -347,14 +390,14 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
     def backward_1d(dy, u, delta_in, A, A2, B, C, D, bias, softplus, tile, states,
                     du, ddelta_out, dA, dB, dC, dD, dbias):  # fmt: skip
         """Gradients of ``forward_1d``: adds to all arguments in the second line."""
-        dim, length = u.shape
+        length, dim = u.shape[1], D.shape[1]
         kind = u.dtype
-        xt, dyt, dxt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta, slope = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        ddelta = np.empty((tile, dim), kind)
+        xt, dyt, dxt = np.zeros((tile, dim), kind), np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+        raw, delta, ddelta = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
         rows, drows = np.empty((tile, row_length), kind), np.empty((tile, row_length), kind)
-        before, decay = np.empty((tile, dim, state), kind), np.empty((tile, dim, state), kind)
-        h, g = np.empty((dim, state), kind), np.zeros((dim, state), kind)
+        before, decay = np.empty((tile * state, LANES), kind), np.empty((tile * state, LANES), kind)
+        dbc = np.empty((tile * 2 * state, LANES), kind)
+        h, g = np.empty(A.shape, kind), np.zeros(A.shape, kind)
         for chunk in range(states.shape[0] - 1, -1, -1):
             start = chunk * tile
             steps = min(tile, length - start)
@@ -364,19 +407,13 @@ def kernels(state: int, padded_rank: int = 0) -> SimpleNamespace:
             transpose_in(delta_in, raw, start, steps)
             transpose_in(B, rows[:, :state], start, steps)
             transpose_in(C, rows[:, state:], start, steps)
-            step_sizes(raw, delta, slope, bias, softplus, steps)
-            record_tile(xt, rows, delta, A2, h, before, decay, steps)
-            drows[:] = 0
-            ddelta[:] = 0
-            for t in range(steps):
-                for i in range(dim):
-                    dxt[t, i] = D[i] * dyt[t, i]
-                    dD[i] += dyt[t, i] * xt[t, i]
-            backward_tile(dyt, xt, rows, delta, A, before, decay, g, dxt, ddelta, drows, dA, steps)
-            for t in range(steps):
-                for i in range(dim):
-                    ddelta[t, i] *= slope[t, i]
-                    dbias[i] += ddelta[t, i]
+            step_sizes(raw, delta, bias, softplus, steps)
+            scale_tile(dyt, D, dxt, steps)
+            add_products(dyt, xt, dD, steps)
+            scan_tile_backward(dyt, xt, rows, delta, A, A2, h, before, decay, g, dbc, dxt, ddelta, drows, dA, steps)
+            if softplus:
+                softplus_backward_tile(raw, ddelta, steps)
+            add_rows(ddelta, dbias, steps)
             transpose_out(dxt, du, start, steps)
             transpose_out(ddelta, ddelta_out, start, steps)
             transpose_out(drows[:, :state], dB, start, steps)

@@ -1,8 +1,8 @@
 """CPU backend of the selective scan: Numba kernels on a thread pool, one task per image and pair of directions.
 
 Chosen by measurement (``benchmarks/selective_scan.py``) over chunked PyTorch. Needs no compiler: Numba brings LLVM.
-Memory beyond inputs and outputs: one second copy of y (or dx), the states at chunk starts (at most ``4 N / tile`` times
-the size of x) and one tile's buffers per thread.
+Memory beyond inputs and outputs: one second copy of y (or dx), the states at chunk starts (``4 N / TILE`` times x) and
+one tile's buffers per thread.
 """
 
 from __future__ import annotations
@@ -16,27 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .cpu_kernels import LOG2_E, kernels
+from .cpu_lanes import LANES
+
+TILE = 64
+"""Positions per tile: the backward pass's buffers, of 4 N vectors a position, are 128 KiB with 16 states."""
 
 
-def tile_length(dim: int, state: int) -> int:
-    """Positions per tile: the backward pass's two (tile, dim, state) buffers stay within a quarter of a megabyte."""
-    return max(16, min(64, 32768 // (dim * state)))
+def _padded(dim: int) -> int:
+    """Channels in whole vectors."""
+    return (dim + LANES - 1) // LANES * LANES
 
 
 def states_shape_2d(x: Tensor, state: int) -> list[int]:
-    """Shape of the saved states of ``scan_2d_forward``: (batch, 4, chunks, d, N)."""
+    """Shape of the saved states of ``scan_2d_forward``: (batch, 4, chunks, d / 8 * N, 8), d rounded up."""
     batch, height, width, dim = x.shape
-    tile = tile_length(dim, state)
-    return [batch, 4, (height * width + tile - 1) // tile, dim, state]
+    return [batch, 4, (height * width + TILE - 1) // TILE, _padded(dim) // LANES * state, LANES]
 
 
 def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
-    """Shape of the saved states of ``scan_1d_forward``: (batch, groups, chunks, D / groups, N)."""
+    """Shape of the saved states of ``scan_1d_forward``: (batch, groups, chunks, D / groups / 8 * N, 8), rounded up."""
     batch, dim, length = u.shape
-    tile = tile_length(dim // groups, state)
-    return [batch, groups, (length + tile - 1) // tile, dim // groups, state]
+    return [batch, groups, (length + TILE - 1) // TILE, _padded(dim // groups) // LANES * state, LANES]
 
 
 @lru_cache(maxsize=4)
@@ -64,21 +67,37 @@ def _accumulation_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _padded_rank(rank: int) -> int:
-    """The rank is compiled in; padded to a multiple of four, one compilation serves every stage of the network."""
-    return (rank + 3) // 4 * 4
+def _row_length(state: int, rank: int) -> int:
+    """Rows of a tile, [B, C, dt], in whole vectors: one compilation serves every stage of the network."""
+    return (2 * state + rank + LANES - 1) // LANES * LANES
+
+
+def _pad_channels(tensor: Tensor) -> Tensor:
+    """(..., d) with zeros up to whole vectors."""
+    return F.pad(tensor, (0, _padded(tensor.shape[-1]) - tensor.shape[-1]))
+
+
+def _to_vectors(A: Tensor) -> Tensor:
+    """(groups, d, N) to (groups, d / 8 * N, 8): the kernels' order of what there is for every state."""
+    return _pad_channels(A.mT).unflatten(2, (-1, LANES)).transpose(1, 2).flatten(1, 2)
+
+
+def _from_vectors(vectors: Tensor, dim: int, state: int) -> Tensor:
+    """The inverse of ``_to_vectors``, (groups d, N)."""
+    return vectors.unflatten(1, (-1, state)).transpose(2, 3).flatten(1, 2)[:, :dim].flatten(0, 1)
 
 
 def _weights_2d(
     x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor, kind: torch.dtype
 ) -> tuple[np.ndarray, ...]:
-    """Per direction: w_in (d, N + N + padded R), w_delta (d, R), bias (d), A (d, N), A log2(e), D (d)."""
+    """Per direction: w_in (d, row_length), w_delta (R, d), bias (1, d), A, A log2(e) in vectors, D (1, d); d padded."""
     dim, rank = dt_projs_weight.shape[1:]
     w_dt, w_bc = x_proj_weight.split([rank, x_proj_weight.shape[1] - rank], dim=1)
-    w_in = torch.cat([w_bc, w_dt, w_dt.new_zeros(4, _padded_rank(rank) - rank, dim)], dim=1).mT
-    A = A.view(4, dim, -1)
-    tensors = (w_in, dt_projs_weight, dt_projs_bias, A, A * LOG2_E, Ds.view(4, dim))
-    return tuple(_array(tensor, kind) for tensor in tensors)
+    w_in = _pad_channels(torch.cat([w_bc, w_dt], dim=1)).mT
+    w_in = F.pad(w_in, (0, _row_length(A.shape[1], rank) - w_in.shape[2]))
+    A = _to_vectors(A.view(4, dim, -1))
+    w_delta, bias, D = (_pad_channels(m) for m in (dt_projs_weight.mT, dt_projs_bias[:, None], Ds.view(4, 1, dim)))
+    return tuple(_array(tensor, kind) for tensor in (w_in, w_delta, bias, A, A * LOG2_E, D))
 
 
 def scan_2d_forward(
@@ -96,11 +115,11 @@ def scan_2d_forward(
     states = torch.empty(states_shape_2d(x, state), dtype=kind)
     ys = torch.empty(2, batch, height, width, dim, dtype=kind)  # rows and columns, so that two tasks never share a row
     states_array, ys_array = states.numpy(), ys.view(2, batch, height * width, dim).numpy()
-    forward, tile = kernels(state, _padded_rank(dt_projs_weight.shape[2])).forward_2d, tile_length(dim, state)
+    forward = kernels(state, w_in.shape[2]).forward_2d
 
     def task(b: int, pair: int) -> None:
         for k in (pair, pair + 2):
-            forward(xs[b], height, width, k, tile, w_in[k], w_delta[k], bias[k], A2[k], D[k],
+            forward(xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k], A2[k], D[k],
                     states_array[b, k], ys_array[pair, b])  # fmt: skip
 
     _run(task, [(b, pair) for b in range(batch) for pair in (0, 1)])
@@ -125,26 +144,27 @@ def scan_2d_backward(
     dxs = torch.empty(2, batch, height, width, dim, dtype=kind)
     dxs_array, states_array = dxs.view(2, batch, height * width, dim).numpy(), states.numpy()
     # One set of weight gradients a task, added afterwards in a fixed order: results do not depend on the threads.
-    shapes = [(dim, 2 * state + _padded_rank(rank)), (dim, rank), (dim,), (dim, state), (dim,)]
-    weight_grads = [torch.zeros(batch, 4, *shape, dtype=kind) for shape in shapes]
+    weight_grads = [torch.zeros(batch, *m.shape, dtype=kind) for m in (w_in, w_delta, bias, A_array, D)]
     grad_arrays = [grad.numpy() for grad in weight_grads]
-    backward, tile = kernels(state, _padded_rank(rank)).backward_2d, tile_length(dim, state)
+    backward = kernels(state, w_in.shape[2]).backward_2d
 
     def task(b: int, pair: int) -> None:
         for k in (pair, pair + 2):
-            backward(dys[b], xs[b], height, width, k, tile, w_in[k], w_delta[k], bias[k], A_array[k], A2[k],
+            backward(dys[b], xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k], A_array[k], A2[k],
                      D[k], states_array[b, k], dxs_array[pair, b], *(grad[b, k] for grad in grad_arrays))  # fmt: skip
 
     _run(task, [(b, pair) for b in range(batch) for pair in (0, 1)])
     dw_in, dw_delta, dbias, dA, dD = (grad.sum(0) for grad in weight_grads)
-    dw_bc, dw_dt = dw_in.mT[:, : 2 * state], dw_in.mT[:, 2 * state : 2 * state + rank]
+    dw_bc, dw_dt = dw_in.mT[:, : 2 * state, :dim], dw_in.mT[:, 2 * state : 2 * state + rank, :dim]
     dx_proj = torch.cat([dw_dt, dw_bc], dim=1)
-    return dxs[0].add_(dxs[1]), dx_proj, dw_delta, dbias, dA.flatten(0, 1), dD.flatten()
+    dw_delta = dw_delta.mT[:, :dim].contiguous()
+    dbias, dD = (m[:, 0, :dim].contiguous() for m in (dbias, dD))
+    return dxs[0].add_(dxs[1]), dx_proj, dw_delta, dbias, _from_vectors(dA, dim, state), dD.flatten()
 
 
 def _vector(tensor: Tensor | None, dim: int, groups: int, kind: torch.dtype) -> np.ndarray:
     full = torch.zeros(dim, dtype=kind) if tensor is None else tensor
-    return _array(full, kind).reshape(groups, dim // groups)
+    return _array(_pad_channels(full.view(groups, 1, dim // groups)), kind)
 
 
 def scan_1d_forward(
@@ -165,15 +185,16 @@ def scan_1d_forward(
     (batch, dim, length), (groups, state) = u.shape, B.shape[1:3]
     kind, per_group = _accumulation_type(u), dim // groups
     us, deltas = (_array(m, kind).reshape(batch, groups, per_group, length) for m in (u, delta))
-    Bs, Cs, A2 = _array(B, kind), _array(C, kind), _array(A * LOG2_E, kind).reshape(groups, per_group, state)
+    Bs, Cs = _array(B, kind), _array(C, kind)
+    A2 = _array(_to_vectors(A.view(groups, per_group, state) * LOG2_E), kind)
     Ds, bias = _vector(D, dim, groups, kind), _vector(delta_bias, dim, groups, kind)
     y = torch.zeros(batch, groups, per_group, length, dtype=kind)
     states = torch.empty(states_shape_1d(u, state, groups), dtype=kind)
     y_array, states_array = y.numpy(), states.numpy()
-    forward, tile = kernels(state).forward_1d, tile_length(per_group, state)
+    forward = kernels(state, _row_length(state, 0)).forward_1d
 
     def task(b: int, g: int) -> None:
-        forward(us[b, g], deltas[b, g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus, tile,
+        forward(us[b, g], deltas[b, g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus, TILE,
                 states_array[b, g], y_array[b, g])  # fmt: skip
 
     _run(task, [(b, g) for b in range(batch) for g in range(groups)])
@@ -197,20 +218,21 @@ def scan_1d_backward(
     kind, per_group = _accumulation_type(u), dim // groups
     dys, us, deltas = (_array(m, kind).reshape(batch, groups, per_group, length) for m in (dy, u, delta))
     Bs, Cs = _array(B, kind), _array(C, kind)
-    As, A2 = (_array(m, kind).reshape(groups, per_group, state) for m in (A, A * LOG2_E))
+    A = _to_vectors(A.view(groups, per_group, state))
+    As, A2 = _array(A, kind), _array(A * LOG2_E, kind)
     Ds, bias = _vector(D, dim, groups, kind), _vector(delta_bias, dim, groups, kind)
     du, ddelta = (torch.zeros(batch, groups, per_group, length, dtype=kind) for _ in range(2))
     dB, dC = (torch.zeros(B.shape, dtype=kind) for _ in range(2))
-    dA, dD, dbias = (torch.zeros(batch, groups, *shape, dtype=kind)
-                     for shape in ((per_group, state), (per_group,), (per_group,)))  # fmt: skip
+    dA, dD, dbias = (torch.zeros(batch, *m.shape, dtype=kind) for m in (As, Ds, bias))
     outputs = [m.numpy() for m in (du, ddelta, dA, dB, dC, dD, dbias)]
     states_array = states.numpy()
-    backward, tile = kernels(state).backward_1d, tile_length(per_group, state)
+    backward = kernels(state, _row_length(state, 0)).backward_1d
 
     def task(b: int, g: int) -> None:
         backward(dys[b, g], us[b, g], deltas[b, g], As[g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus,
-                 tile, states_array[b, g], *(m[b, g] for m in outputs))  # fmt: skip
+                 TILE, states_array[b, g], *(m[b, g] for m in outputs))  # fmt: skip
 
     _run(task, [(b, g) for b in range(batch) for g in range(groups)])
     du, ddelta = (m.view(batch, dim, length) for m in (du, ddelta))
-    return du, ddelta, dA.sum(0).flatten(0, 1), dB, dC, dD.sum(0).flatten(), dbias.sum(0).flatten()
+    dD, dbias = (m.sum(0)[:, 0, :per_group].flatten() for m in (dD, dbias))
+    return du, ddelta, _from_vectors(dA.sum(0), per_group, state), dB, dC, dD, dbias
