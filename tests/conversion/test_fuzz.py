@@ -65,7 +65,7 @@ def test_a_png_that_claims_more_than_it_can_hold(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png(side, side, zlib.compress(b"\0" * 10_000_000)))
     start = time.process_time()
     for read in (read_rgb, read_mask):
-        with pytest.raises(ImageReadError):
+        with pytest.raises(ImageReadError, match=r"claims|DecompressionBomb"):  # nothing was decoded
             read(tmp_path / "bomb.png")
     assert time.process_time() - start < 1
 
@@ -110,7 +110,7 @@ def test_a_jpeg_of_endless_scans(tmp_path, progressive):
     image.save(whole, progressive=progressive)
     data = whole.read_bytes()
     last_scan = data[data.rindex(b"\xff\xda") : -2]
-    (tmp_path / "bomb.jpg").write_bytes(data[:-2] + last_scan * 3000 + data[-2:])
+    (tmp_path / "bomb.jpg").write_bytes(data[:-2] + last_scan * 300 + data[-2:])
     start = time.process_time()
     with pytest.raises(ImageReadError, match="scans") if progressive else pytest.raises(ImageReadError):
         read_rgb(tmp_path / "bomb.jpg")

@@ -173,6 +173,12 @@ def test_huge_claims_are_refused_before_decoding(tmp_path, photograph, monkeypat
         read_rgb(tmp_path / "a.png")
 
 
+def test_an_image_that_does_not_fit_in_memory_is_named(tmp_path, photograph):
+    Image.fromarray(photograph).save(tmp_path / "a.png")
+    with pytest.raises(ImageReadError, match=r"a\.png.* does not fit in memory"), images.open_image(tmp_path / "a.png"):
+        raise MemoryError
+
+
 def test_a_fault_of_the_program_is_not_called_damage(tmp_path, photograph):
     Image.fromarray(photograph).save(tmp_path / "a.png")
     for fault in (NameError, AttributeError, ImportError):

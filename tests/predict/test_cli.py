@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import shutil
@@ -126,17 +127,22 @@ def test_a_photograph_is_never_overwritten(photos, unet, tmp_path, capsys):
     assert tree(photos) == before
 
 
-def test_a_full_disk_stops_the_run_without_half_files(photos, unet, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_full_or_read_only_meanwhile_stops_the_run_without_half_files(
+    photos, unet, tmp_path, capsys, monkeypatch, number
+):
     whole = outputs.os.replace
 
     def full(source, target):
         if str(target).endswith("皮膚_mask.png"):
-            raise OSError(28, "No space left on device", str(target))
+            raise OSError(number, os.strerror(number), str(target))
         whole(source, target)
 
     monkeypatch.setattr(outputs.os, "replace", full)
     assert predict(photos, tmp_path / "out", unet) == 2
-    assert "--resume" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert os.strerror(number) in message
+    assert "--resume" in message
     assert set(tree(tmp_path / "out")) == {"a.jpg_mask.png", "a.png_mask.png", JOURNAL_FILE}
     monkeypatch.undo()
     assert predict(photos, tmp_path / "out", unet, "--resume") == 0

@@ -3,6 +3,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -130,6 +131,36 @@ def test_one_checkpoint_in_two_minutes_and_at_most_one_percent_of_the_time(small
     fast = [gap for gap in gaps if gap < 200]
     assert 0.5 / min(fast) < 0.01
     assert 3 / 303 < 0.01
+
+
+@pytest.mark.faults
+def test_saving_as_often_as_allowed_takes_one_percent_of_a_training(small, monkeypatch) -> None:
+    """Measured: every write may only come when a hundred times its duration has gone by."""
+    durations = []
+
+    def save(self, *arguments, **options):
+        start = time.perf_counter()
+        original(self, *arguments, **options)
+        durations.append(time.perf_counter() - start)
+
+    original = SmallTrainer._save
+    monkeypatch.setattr(safe_checkpoints, "SAVE_INTERVAL", 0)
+    monkeypatch.setattr(SmallTrainer, "_save", save)
+    monkeypatch.setattr(SmallTrainer, "epochs", 10_000)
+    monkeypatch.setattr(SmallTrainer, "save_checkpoint", lambda self, path: None)  # nnU-Net's, of each best epoch
+    original_step, start = SmallTrainer.train_step, time.perf_counter()
+
+    def step(self, batch):
+        if len(durations) == 4:
+            raise InterruptedError
+        return original_step(self, batch)
+
+    monkeypatch.setattr(SmallTrainer, "train_step", step)
+    with pytest.raises(InterruptedError):
+        make(small).run_training()
+    share = sum(durations[:-1]) / (time.perf_counter() - start)
+    print(f"{share:.2%} of the time went into {len(durations) - 1} checkpoints of {max(durations):.3f} s at most")
+    assert share <= 0.01
 
 
 def test_saved_within_an_epoch_and_read_by_others(interrupted) -> None:
