@@ -246,6 +246,19 @@ def test_what_must_precede_publication_can_stop_it(isic, raw):
     assert convert(isic) == 0
 
 
+def test_the_data_set_appears_whole(isic, raw):
+    """By a rename: a copy would be there in part for a while."""
+    isic.add("a")
+    built = []
+
+    def note(training_cases):
+        built.append((raw / f".{NAME}.partial" / "dataset").stat().st_ino)
+
+    options = dataset.Options((24, 32), workers=1)
+    dataset.convert_dataset(find_isic2018(isic.root), DESCRIPTION, raw / NAME, options, note)
+    assert [(raw / NAME).stat().st_ino] == built
+
+
 @pytest.mark.parametrize("name", ["with  space", "two\nlines", "黒子-ﻥ-é", "x" * 230, "a'b\"$(c)*?", "-v", "a.b..c"])
 def test_weird_names(isic, raw, name):
     isic.add(name)
