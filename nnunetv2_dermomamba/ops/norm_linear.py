@@ -1,15 +1,71 @@
-"""LayerNorm, gate and linear map of few channels as one pass: PyTorch's own, or for CPU inference a Numba kernel.
+"""LayerNorm, gate and linear map of few channels as one pass: PyTorch's own, or a kernel where one serves.
 
-PyTorch's LayerNorm spends most of its time between rows where they have 4 or 8 channels, as in the first stages.
+PyTorch's LayerNorm spends most of its time between rows where they have 4 or 8 channels, as in the first stages. On a
+GPU a Triton kernel serves training and inference, on a CPU a Numba kernel inference.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import choose_backend
+from .library import no_double_backward
+
+
+@torch.library.custom_op("dermomamba::norm_linear", mutates_args=())
+def _forward(
+    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
+) -> Tensor:
+    from .triton_norm_linear import norm_linear_forward  # Triton need not be there for PyTorch's own
+
+    return norm_linear_forward(x, gate, scale, shift, eps, matrix, kind)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], matrix.shape[0], dtype=kind)
+
+
+@torch.library.custom_op("dermomamba::norm_linear_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton_norm_linear import norm_linear_backward
+
+    dx, dgate, *rest = norm_linear_backward(dy, x, gate, scale, shift, eps, matrix)
+    return dx, x.new_empty(0) if dgate is None else dgate, *rest  # operators return tensors, not None
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dscale, dshift, dmatrix = (
+        torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, scale, shift, matrix)
+    )
+    dgate = x.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return dx, dgate, dscale, dshift, dmatrix
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, scale, shift, ctx.eps, matrix, _ = inputs
+    ctx.save_for_backward(x, gate, scale, shift, matrix)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate, scale, shift, matrix = ctx.saved_tensors
+    dx, dgate, dscale, dshift, dmatrix = _backward(dy.contiguous(), x, gate, scale, shift, ctx.eps, matrix)
+    return dx, None if gate is None else dgate, dscale, dshift, None, dmatrix, None
+
+
+no_double_backward(_backward)
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor | None = None) -> Tensor:
@@ -22,9 +78,12 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
         gate: (..., c) or None.
 
     Returns:
-        (..., m).
+        (..., m), of autocast's type under autocast.
     """
-    if _kernel_serves(x):
+    if _triton_serves(x, linear.weight):
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind)
+    if _numba_serves(x):
         from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
         return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, gate)
@@ -32,7 +91,14 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
     return linear(x if gate is None else x * F.silu(gate))
 
 
-def _kernel_serves(x: Tensor) -> bool:
+def _triton_serves(x: Tensor, matrix: Tensor) -> bool:
+    """Parameters are float32 and few enough for a program."""
+    if not x.is_cuda or matrix.dtype != torch.float32 or matrix.shape[1] > 128 or matrix.shape[0] > 256:
+        return False
+    return choose_backend("cuda", x.dtype) == "triton"
+
+
+def _numba_serves(x: Tensor) -> bool:
     """The kernel has no gradient and is not traced; a subclass (a fake tensor) has no memory that it could read."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return False
