@@ -20,7 +20,8 @@ from .optimization import WarmupPolyLRScheduler, build_adamw
 class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixin):
     """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's.
 
-    ``DERMOMAMBA_AUGMENT_ON_DEVICE=1`` runs nnU-Net's augmentation in batches on the device instead of in its workers.
+    On CUDA nnU-Net's augmentation runs in batches on the device: its worker processes cannot feed the network there
+    (docs/speed.md). ``DERMOMAMBA_AUGMENT_ON_DEVICE=0`` leaves it to them.
     A recipe is changed by a subclass that sets the attributes below, and ``attention`` of the Guide Fusion Loss.
     """
 
@@ -30,7 +31,6 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
     warmup_epochs = 1.0
     gradient_clip = 1.0
     cuda_graph = True  # on CUDA without DDP; the kernels are many and short
-    augment_on_device = False  # not the default before benchmarks/epoch.py has been run on a GPU
 
     def __init__(
         self,
