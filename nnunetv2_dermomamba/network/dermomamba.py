@@ -54,9 +54,17 @@ class DermoMamba(nn.Module):
         self.conv_out = nn.Conv2d(WIDTHS[0], num_classes, 1)
 
     def train(self, mode: bool = True) -> DermoMamba:
-        """As ``nn.Module.train``; for inference on a CPU the weights are laid out as its convolutions read them."""
-        if not mode and self.conv_in.weight.device.type == "cpu":
-            self.to(memory_format=torch.channels_last)
+        """As ``nn.Module.train``; for inference on a CPU the weights are laid out as its convolutions read them.
+
+        For training they are laid out as they were built, as the optimizer's moments are: PyTorch's fused AdamW takes
+        both to lie in memory alike, without looking.
+        """
+        if self.conv_in.weight.device.type == "cpu":
+            layout = torch.contiguous_format if mode else torch.channels_last
+            for weight in (parameter for parameter in self.parameters() if parameter.ndim == 4):
+                wanted = torch.empty(weight.shape, dtype=weight.dtype, memory_format=layout)
+                if weight.stride() != wanted.stride():
+                    weight.data = wanted.copy_(weight.data)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102

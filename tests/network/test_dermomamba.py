@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnunetv2_dermomamba.network import DermoMamba
+from nnunetv2_dermomamba.network import DermoMamba, dermomamba
 
 
 def test_published_parameter_count() -> None:
@@ -27,6 +27,29 @@ def test_padding_is_zeros_at_the_bottom_and_on_the_right() -> None:
     with torch.no_grad():
         expected = padded(torch.nn.functional.pad(x, (0, 4, 0, 24)))[..., :40, :60]
         torch.testing.assert_close(small(x), expected)
+
+
+def test_a_validation_in_between_changes_no_training_step(monkeypatch) -> None:
+    """Fused AdamW on a CPU goes through weights, gradients and moments as they lie in memory."""
+    monkeypatch.setattr(dermomamba, "WIDTHS", (4, 8))
+    monkeypatch.setattr(dermomamba, "STRIDE", 4)
+    images = torch.randn(2, 3, 16, 16)
+    trained = []
+    for validates in (False, True):
+        torch.manual_seed(0)
+        network = DermoMamba(3, 2, (16, 16))
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-2, fused=True)
+        for _ in range(4):
+            optimizer.zero_grad()
+            network(images).square().mean().backward()
+            optimizer.step()
+            if validates:
+                network.eval()
+                network.train()
+        trained.append(network)
+    for straight, interrupted in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        assert torch.equal(straight, interrupted)
+        assert straight.stride() == interrupted.stride()
 
 
 def test_3d_patch_is_refused_before_anything_is_built() -> None:
