@@ -124,6 +124,7 @@ class SafeCheckpointMixin(nnUNetTrainer):
             return
         path, checkpoint = self._last_good(Path(filename_or_checkpoint), continuing)
         super().load_checkpoint(str(path))
+        _lay_out_as_weights(self.optimizer)
         self.iteration = checkpoint.get("iteration", 0)
         if continuing:
             self.print_to_log_file(f"Going on from {path.name}: {_where(checkpoint)}.")
@@ -150,6 +151,19 @@ class SafeCheckpointMixin(nnUNetTrainer):
         path, checkpoint = max(good, key=lambda pair: (pair[1]["current_epoch"], pair[1].get("iteration", 0)))
         self.print_to_log_file(f"Going on from the last good checkpoint instead: {path} ({_where(checkpoint)}).")
         return path, checkpoint
+
+
+@torch.no_grad()
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out the moments that a checkpoint brought in memory as the weights are.
+
+    PyTorch keeps the layout of the network that they were saved for; its fused optimizers take it to be the weights',
+    on a CPU without looking.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, torch.Tensor) and moment.shape == weight.shape:
+                moments[name] = torch.empty_like(weight).copy_(moment)
 
 
 def _where(checkpoint: dict) -> str:

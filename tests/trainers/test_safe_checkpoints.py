@@ -12,8 +12,9 @@ import small_training
 import torch
 from small_training import SmallTrainer, make, results
 
+from nnunetv2_dermomamba.network import dermomamba
 from nnunetv2_dermomamba.predict.model import load_checkpoint
-from nnunetv2_dermomamba.trainers import safe_checkpoints
+from nnunetv2_dermomamba.trainers import nnUNetTrainerDermoMamba, safe_checkpoints
 from nnunetv2_dermomamba.trainers.checkpoint_files import CheckpointError, write_checkpoint
 
 
@@ -186,6 +187,60 @@ def test_resumed_run_ends_as_an_uninterrupted_one(interrupted, monkeypatch, tmp_
     monkeypatch.setenv("DERMOMAMBA_SEED", "6")
     small_training.train(interrupted, continue_training=False)
     assert not same(weights(results(tmp_path / "other") / "checkpoint_final.pth"), straight["network_weights"])
+
+
+def test_resumed_run_of_the_real_network_ends_as_an_uninterrupted_one(small, monkeypatch, tmp_path) -> None:
+    """Narrow; stopped within the second epoch, behind a validation."""
+
+    class Stopped(nnUNetTrainerDermoMamba):
+        stops = True
+
+        def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 1
+            self.logger.plot_progress_png = lambda folder: None  # takes longer than an epoch
+
+        def train_step(self, batch):
+            if self.stops and (self.current_epoch, self.iteration) == (1, 1):
+                self.save_progress()
+                raise InterruptedError
+            return super().train_step(batch)
+
+    def trained(folder: Path, continues: bool = False) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("nnUNet_results", str(folder))
+        plans, dataset = (json.loads((small / name).read_text()) for name in ("plans.json", "dataset.json"))
+        trainer = Stopped({**plans, "continue_training": continues}, "2d", 0, dataset)
+        small_training.maybe_load_checkpoint(trainer, continues, False)
+        trainer.run_training()
+        return trainer.network.state_dict()
+
+    monkeypatch.setattr(dermomamba, "WIDTHS", (4, 8))
+    monkeypatch.setattr(dermomamba, "STRIDE", 4)
+    with pytest.raises(InterruptedError):
+        trained(tmp_path / "stopped")
+    monkeypatch.setattr(Stopped, "stops", False)
+    assert same(trained(tmp_path / "stopped", continues=True), trained(tmp_path / "straight"))
+
+
+def test_moments_saved_for_another_layout_of_the_weights_are_taken_over(interrupted) -> None:
+    path = results(interrupted) / "checkpoint_latest.pth"
+    batch = {"data": torch.rand(2, 3, 32, 40), "target": torch.ones(2, 1, 32, 40)}
+
+    def weights_after_a_step() -> dict[str, torch.Tensor]:
+        trainer = make(interrupted, continue_training=True)
+        small_training.maybe_load_checkpoint(trainer, True, False)
+        torch.manual_seed(0)  # of the dropout
+        trainer.train_step(batch)
+        return trainer.network.state_dict()
+
+    expected = weights_after_a_step()
+    checkpoint = torch.load(path, weights_only=False)
+    for moments in checkpoint["optimizer_state"]["state"].values():
+        for name, moment in moments.items():
+            if moment.ndim == 4:
+                moments[name] = moment.to(memory_format=torch.channels_last)
+    torch.save(checkpoint, path)
+    assert same(weights_after_a_step(), expected)
 
 
 def spoil(path: Path, how: str) -> None:
