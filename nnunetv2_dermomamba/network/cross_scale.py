@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 
 from .ss2d import VSSBlock
@@ -49,8 +50,16 @@ class CrossScaleMambaBlock(nn.Module):
         self.vss = VSSBlock(dim // 4)
         self.norm = nn.BatchNorm2d(dim)
 
+    def _branches(self, chunks: list[Tensor]) -> Tensor:
+        """The three branches as one batch."""
+        if numba_infers(chunks[0]):
+            from nnunetv2_dermomamba.ops.cpu_depthwise import axial_depthwise  # Numba need not be there otherwise
+
+            return axial_depthwise(chunks, [[branch.conv_w, branch.conv_h, branch.conv] for branch in self.branches])
+        return torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
+
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         *chunks, rest = x.chunk(4, dim=1)
-        branches = torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
+        branches = self._branches(chunks)
         scanned = self.vss(branches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)), inplace=True)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
+
 from .cross_scale import CrossScaleMambaBlock
 
 
@@ -25,8 +27,7 @@ class ResMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = self.block(x)
-        # y first: the sum has its memory format, which InstanceNorm loses
-        return self.scale * y + F.leaky_relu(self.norm(self.conv(y)), 0.01, inplace=True)
+        return instance_norm_leaky_add(self.conv(y), self.norm, 0.01, y, self.scale)
 
 
 def halve(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ one tile's buffers per thread.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -49,14 +50,24 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def _run(task: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Run the tasks on as many threads as PyTorch uses; the first error is raised here."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        for argument in arguments:
+    """Run the tasks on as many threads as PyTorch uses, this one among them; an error is raised here."""
+    waiting = deque(arguments)
+
+    def work() -> None:
+        while True:
+            try:
+                argument = waiting.popleft()
+            except IndexError:  # another thread took the last
+                return
             task(*argument)
-        return
-    for future in [_pool(threads, os.getpid()).submit(task, *argument) for argument in arguments]:
-        future.result()
+
+    threads = torch.get_num_threads()
+    others = [_pool(threads, os.getpid()).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
+    try:
+        work()
+    finally:
+        for other in others:
+            other.result()
 
 
 def _array(tensor: Tensor, kind: torch.dtype) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Depthwise convolution: PyTorch's own, or, where Triton serves a GPU, kernels that read each byte once."""
+"""Depthwise convolution: PyTorch's own, or kernels where Triton serves a GPU and, in training, Numba a CPU.
+
+On a CPU the forward pass stays PyTorch's; its backward pass takes up to ten times as long as the kernel.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from .library import no_double_backward
 
 @torch.library.custom_op("dermomamba::depthwise", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    from .triton_depthwise import depthwise_forward  # Triton need not be there for PyTorch's own
+    if x.device.type == "cpu":
+        from .cpu_depthwise import depthwise_forward
+    else:
+        from .triton_depthwise import depthwise_forward  # Triton need not be there for PyTorch's own
 
     return depthwise_forward(x, weight, bias, dilation)
 
@@ -25,14 +31,18 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 
 @torch.library.custom_op("dermomamba::depthwise_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
-    from .triton_depthwise import depthwise_backward
+    if x.device.type == "cpu":
+        from .cpu_depthwise import depthwise_backward
+    else:
+        from .triton_depthwise import depthwise_backward
 
     return depthwise_backward(dy, x, weight, dilation)
 
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
-    dweight = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dweight = torch.empty_like(weight, dtype=kind, memory_format=torch.contiguous_format)
     return torch.empty_like(x), dweight, dweight.new_empty(weight.shape[0])
 
 
@@ -52,10 +62,19 @@ no_double_backward(_backward)
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+def _kernels_serve(x: Tensor) -> bool:
+    """On a CPU only the gradient is worth it, and half precision is PyTorch's."""
+    if x.is_cuda:
+        return choose_backend("cuda", x.dtype) == "triton"
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype in (torch.float32, torch.float64) and choose_backend("cpu", x.dtype) == "numba"
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with bias and "same" padding; parameters and results are ``nn.Conv2d``'s.
 
-    Where Triton serves the scan it serves this, too. The result is of autocast's type, the sums are float32's.
+    Where Triton or Numba serve the scan they serve this, too. The result is of autocast's type, the sums are float32's.
 
     Args:
         channels: C.
@@ -70,7 +89,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, groups=channels, padding="same", dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        if not x.is_cuda or choose_backend("cuda", x.dtype) != "triton":
+        if not _kernels_serve(x):
             return super().forward(x)
         if torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))

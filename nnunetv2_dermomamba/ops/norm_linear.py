@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import choose_backend
+from .cpu_inference import numba_infers
 from .library import no_double_backward
 
 
@@ -83,7 +84,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
     if _triton_serves(x, linear.weight):
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind)
-    if _numba_serves(x):
+    if numba_infers(x):
         from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
         return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, gate)
@@ -96,12 +97,3 @@ def _triton_serves(x: Tensor, matrix: Tensor) -> bool:
     if not x.is_cuda or matrix.dtype != torch.float32 or matrix.shape[1] > 128 or matrix.shape[0] > 256:
         return False
     return choose_backend("cuda", x.dtype) == "triton"
-
-
-def _numba_serves(x: Tensor) -> bool:
-    """The kernel has no gradient and is not traced; a subclass (a fake tensor) has no memory that it could read."""
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    return choose_backend("cpu", x.dtype) == "numba"

@@ -1,0 +1,76 @@
+"""Numba kernel of ``instance_norm``: channels-last maps are read three times and written once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor, nn
+
+from .cpu_kernels import _OPTIONS
+from .cpu_scan import _run
+
+
+@njit(**_OPTIONS)
+def _moments(rows, centre, sums, power):  # type: ignore[no-untyped-def]
+    """Adds the sums of (rows - centre)**power over n of (n, c), in runs of 64 to float64."""
+    part = np.empty_like(centre)
+    for start in range(0, rows.shape[0], 64):
+        part[:] = 0
+        for p in range(start, min(start + 64, rows.shape[0])):
+            for c in range(rows.shape[1]):
+                value = rows[p, c] - centre[c]
+                part[c] += value if power == 1 else value * value
+        for c in range(rows.shape[1]):
+            sums[c] += part[c]
+
+
+@njit(**_OPTIONS)
+def _scale_leaky_add(rows, scale, shift, other, factor, slope, out):  # type: ignore[no-untyped-def]
+    """Out = factor other + leaky_relu(scale rows + shift), all (n, c)."""
+    zero = out.dtype.type(0.0)
+    for p in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            value = rows[p, c] * scale[c] + shift[c]
+            out[p, c] = factor * other[p, c] + (value * slope if value < zero else value)
+
+
+def _rows(x: Tensor) -> np.ndarray:
+    """(B, C, H, W) as (B, H W, C): a view of channels-last memory, elsewhere a copy."""
+    return x.detach().permute(0, 2, 3, 1).contiguous().flatten(1, 2).numpy()
+
+
+def _shares(batch: int, length: int) -> list[tuple[int, slice]]:
+    """(image, run of positions), about as many as threads."""
+    share = -(-length // -(-torch.get_num_threads() // batch))
+    return [(b, slice(first, first + share)) for b in range(batch) for first in range(0, length, share)]
+
+
+def instance_norm_leaky_add_cpu(
+    x: Tensor, norm: nn.InstanceNorm2d, slope: float, other: Tensor, factor: Tensor
+) -> Tensor:
+    """``instance_norm_leaky_add`` of float32 maps, without gradients; channels last in memory."""
+    batch, channels, height, width = x.shape
+    length = height * width
+    out = torch.empty(batch, height, width, channels)
+    rows, others, outs = _rows(x), _rows(other), out.flatten(1, 2).numpy()
+    shares = _shares(batch, length)
+
+    def mean_of(centre: np.ndarray, power: int) -> np.ndarray:
+        sums = np.zeros((len(shares), channels))
+        _run(lambda i, b, share: _moments(rows[b, share], centre[b], sums[i], power),
+             [(i, *share) for i, share in enumerate(shares)])  # fmt: skip
+        return sums.reshape(batch, -1, channels).sum(1) / length
+
+    mean = mean_of(np.zeros((batch, channels), np.float32), 1)
+    variance = mean_of(mean.astype(np.float32), 2)
+    weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    scale = weight / np.sqrt(variance + norm.eps)
+    shift = (bias - mean * scale).astype(np.float32)
+    scale, number, slope = scale.astype(np.float32), np.float32(factor.item()), np.float32(slope)
+
+    def task(b: int, share: slice) -> None:
+        _scale_leaky_add(rows[b, share], scale[b], shift[b], others[b, share], number, slope, outs[b, share])
+
+    _run(task, shares)
+    return out.permute(0, 3, 1, 2)
