@@ -174,7 +174,7 @@ def _read_bytes(path: Path) -> bytes:
             raise ImageReadError(path, "is not a file")
         if status.st_size > MAX_FILE_BYTES:
             raise ImageReadError(path, f"is larger than {MAX_FILE_BYTES >> 20} MiB")
-        return file.read(MAX_FILE_BYTES)
+        return file.read(status.st_size)  # a buffer of the size that is asked for is set aside
 
 
 def _jpeg_scans(image: Image.Image, data: bytes, header_bytes: int) -> int:

@@ -1,8 +1,10 @@
+import contextlib
 import json
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -52,12 +54,15 @@ def test_mutated_images(tmp_path, name):
     fuzz(tmp_path, name, 5000)
 
 
-def png(width, height, data):
+def png(width, height, data, *before):
+    """The file of a header, further chunks as (kind, content), and the compressed pixels."""
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    chunks = [header, *(chunk(*one) for one in before), chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @pytest.mark.parametrize("side", [2**31 - 1, 100_000, 10_000])
@@ -68,6 +73,18 @@ def test_a_png_that_claims_more_than_it_can_hold(tmp_path, side):
         with pytest.raises(ImageReadError, match=r"claims|DecompressionBomb"):  # nothing was decoded
             read(tmp_path / "bomb.png")
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_png_whose_text_unpacks_to_200_megabytes(tmp_path, kind):
+    names = b"name\0\1\0\0\0" if kind == b"iTXt" else b"name\0\0"
+    bomb = names + zlib.compress(b"\0" * 200_000_000)
+    (tmp_path / "bomb.png").write_bytes(png(2, 2, zlib.compress(b"\0" * 14), (kind, bomb)))
+    tracemalloc.start()
+    with contextlib.suppress(ImageReadError):
+        assert not read_rgb(tmp_path / "bomb.png").any()
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
 
 
 @pytest.mark.faults
