@@ -10,6 +10,18 @@ from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.maximum import maximum
 
 
+def _maximum_and_mean(x: Tensor, channels: bool) -> tuple[Tensor, Tensor]:
+    """Of every position over the channels, (B, H, W), or of every channel over the positions, (B, C).
+
+    A gradient lies in memory in the order of the axes that were reduced, and adding it to a map in another order is
+    slow: on a CPU, where maps are channels last, the axes are, too.
+    """
+    if x.device.type != "cpu":
+        return (maximum(x, 1), x.mean(1)) if channels else (maximum(x.flatten(2), 2), x.mean((2, 3)))
+    x = x.permute(0, 2, 3, 1)
+    return (maximum(x, 3), x.mean(3)) if channels else (maximum(x.flatten(1, 2), 1), x.mean((1, 2)))
+
+
 class CBAM(nn.Module):
     """Convolutional block attention (Woo et al., 2018): a channel gate, then a spatial gate.
 
@@ -28,9 +40,11 @@ class CBAM(nn.Module):
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        pooled = torch.stack([x.mean((2, 3)), maximum(x.flatten(2), 2)])
+        pooled = torch.stack(_maximum_and_mean(x, channels=False))
         x = x * torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
-        summary = torch.stack([maximum(x, 1), x.mean(1)], dim=1)
+        summary = torch.stack(_maximum_and_mean(x, channels=True), dim=1)
+        if x.device.type == "cpu":  # the convolution's gradients are four times as fast
+            summary = summary.contiguous(memory_format=torch.channels_last)
         return x * torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
 
 

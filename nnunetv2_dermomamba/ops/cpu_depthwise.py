@@ -100,8 +100,8 @@ def _rows(x: Tensor) -> np.ndarray:
 def _repeated(values: Tensor) -> np.ndarray:
     """(C, taps) as (taps, period + 8): whole vectors from any channel on."""
     channels = values.shape[0]
-    length = math.lcm(channels, LANES) + LANES
-    return values.detach().t().repeat(1, -(-length // channels))[:, :length].contiguous().numpy()
+    order = np.arange(math.lcm(channels, LANES) + LANES) % channels
+    return np.ascontiguousarray(values.detach().numpy().T[:, order])
 
 
 def _summed(gradient: Tensor, channels: int) -> Tensor:

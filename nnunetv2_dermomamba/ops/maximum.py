@@ -28,10 +28,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, dvalues: Tensor, dindices: Tensor | None) -> tuple[Tensor, None]:
     (indices,) = ctx.saved_tensors
+    indices, dvalues = indices.unsqueeze(ctx.dim), dvalues.unsqueeze(ctx.dim)
+    if indices.device.type == "cpu":
+        shape = list(indices.shape)
+        shape[ctx.dim] = ctx.length
+        return dvalues.new_zeros(shape).scatter_(ctx.dim, indices, dvalues), None
     # one-hot times gradient rather than a scatter: a compiler fuses it into whatever reads it
-    positions = torch.arange(ctx.length, device=indices.device)
-    onehot = (indices.unsqueeze(-1) == positions).movedim(-1, ctx.dim)
-    return onehot * dvalues.unsqueeze(ctx.dim), None
+    positions = torch.arange(ctx.length, device=indices.device).view(-1, *(1,) * (indices.ndim - 1 - ctx.dim))
+    return (indices == positions) * dvalues, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
