@@ -3,13 +3,13 @@
 """What the 1D and the 2D Triton scan share: tile shapes, the serial walks over rows, the scan over chunks.
 
 A sequence is cut into chunks of ``T`` positions; a program walks ``S`` adjacent chunks ("segments") side by side, a
-sub-block of ``SUB`` positions of each at a time, with the states in registers. The 1D scan loads what a step needs
-(step size ``delta``, u, B and C) from its inputs; the 2D scan first projects a sub-block, in bulk, into rows of a small
-scratch of its own, which stays in cache.
+sub-block of ``SUB`` positions of each at a time, with the states in registers. It first puts what the steps of a
+sub-block need (step size ``delta``, w = delta u, B and C) into rows of a small scratch of its own, which stays in
+cache: the 1D scan from its inputs, the 2D scan by projecting the map.
 
 A walk's tile is ``[LANES, R, NN]``. ``LANES`` runs over (segment, group of ``R`` channels, state modulo ``NP / NN``)
 and fills the warps exactly; the ``R`` channels and ``NN`` states of a lane are one thread's. Rows are loaded as
-``[LANES, R or NN, 4]``, four steps a load of 16 bytes; the 2D scratch keeps a quantity as ``[SUB / 4, rows, 4]``, row
+``[LANES, R or NN, 4]``, four steps a load of 16 bytes; the scratch keeps a quantity as ``[SUB / 4, rows, 4]``, row
 ``index S + segment``, so that a warp's load is one or two lines of cache. That last axis is one thread's too, so
 ``_pick`` takes a step out of it at no cost, no step waits for memory and nothing passes between threads but the sums
 over states and channels.
@@ -98,11 +98,11 @@ class Tile:
         return {name: getattr(self, name) for name in names}
 
 
-def tile_for(channels: int, state: int, length: int, widest: int = 16) -> Tile:
+def tile_for(channels: int, state: int, length: int, widest: int = 16, stretch: int = 1) -> Tile:
     """Tile for one block of ``channels`` (at most ``MAX_BLOCK``) of sequences of ``length``.
 
     A thread holds 8 states of up to 16 channels, 16 of 32 channels and ``widest`` of more: the more, the fewer loads an
-    update, and the fewer threads. What measured best on an H200 (docs/selective_scan.md).
+    update, and the fewer threads. ``stretch`` lengthens the chunks. What measured best (docs/selective_scan.md).
     """
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
     run = min(4 if padded > 16 else 2, padded)
@@ -110,7 +110,7 @@ def tile_for(channels: int, state: int, length: int, widest: int = 16) -> Tile:
     segments = max(2, 32 // (padded // run * (states // held)))
     chunk = CHUNK if length > 4096 else 32 if length > 512 else SUB  # short sequences want more programs
     hold = 8 if run * held <= 16 else 4
-    return Tile(padded, states, run, held, segments, chunk, SUB, hold)
+    return Tile(padded, states, run, held, segments, chunk * stretch, SUB, hold)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -289,6 +289,116 @@ def state_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.cons
     row = tl.arange(0, S * PER_SEGMENT * NL)[:, None, None]
     n = row % NL + tl.arange(0, NN)[None, :, None] * NL
     return row // NL // PER_SEGMENT, row // NL % PER_SEGMENT, n
+
+
+@triton.jit
+def turned_cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
+    """Offsets in the scratch, ``[SUB / 4, per_segment, S, 4]``, of a sub-block's rows as ``[columns, S SUB]``."""
+    r = tl.arange(0, S * SUB)[None, :]
+    return r // 4 % (SUB // 4) * (S * per_segment * 4) + (col[:, None] * S + r // SUB) * 4 + r % 4
+
+
+@triton.jit
+def _rows(segment, index, S: tl.constexpr):
+    """Offsets ``[..., 4]`` in the scratch of the first four steps of rows."""
+    return ((index * S + segment) * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+
+
+@triton.jit
+def walk_summary(
+    delta_ptr, v_ptr, m_ptr, h, total, A2, segment, channel, n,
+    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr
+):  # fmt: skip
+    """Carry a segment's state and the sum of its steps over ``SUB`` positions; ADJOINT: from the last to the first.
+
+    ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
+    """
+    row = _rows(segment, channel, S)
+    m_row = _rows(segment, n, S)
+    for k in range(SUB // 4):
+        at = (SUB - 4 - k * 4) if ADJOINT else k * 4
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        v = tl.load(v_ptr + row + at * (S * DP))
+        m = tl.load(m_ptr + m_row + at * (S * NP))
+        if ADJOINT:  # noqa: SIM108
+            h = retreat(h, delta, v, m, A2)
+        else:
+            h = advance(h, delta, v, m, A2)[3]
+        total += sum_of_steps(delta)
+    return h, total
+
+
+@triton.jit
+def walk_output(
+    delta_ptr, w_ptr, bc_ptr, saved_ptr, h, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    SUB: tl.constexpr, HOLD: tl.constexpr
+):  # fmt: skip
+    """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
+    row = _rows(segment, channel, S)
+    bc_row = _rows(segment, n, S)
+    y_segment, y_channel = channel_index(DP, R, S)
+    y_row = (y_channel * S + y_segment) * 4 + tl.arange(0, 4)[None, None, :]
+    for k in range(SUB // 4):
+        at = k * 4
+        if at % HOLD == 0:
+            tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        w = tl.load(w_ptr + row + at * (S * DP))
+        b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))
+        c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
+        states = advance(h, delta, w, b, A2)
+        h = states[3]
+        tl.store(w_ptr + y_row + at * (S * DP), outputs(states, c, S * (DP // R), NP // NN, R))
+    return h
+
+
+@triton.jit
+def walk_back(
+    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, saved_ptr, g, dA, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
+    SUB: tl.constexpr, HOLD: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """Gradients of every position, from the saved states and the adjoints ``g`` that enter at the segments' ends.
+
+    Writes those with respect to w over w, the decays' part of those with respect to delta over dy, and the partial
+    sums of dB and dC to ``dbc_ptr``; returns the adjoints that leave and the gradient of A, added to ``dA``. AHEAD:
+    the saved states are loaded four steps before their use.
+    """
+    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    row = _rows(segment, channel, S)
+    bc_row = _rows(segment, n, S)
+    t4 = tl.arange(0, 4)[None, None, :]
+    out_segment, out_channel = channel_index(DP, R, S)
+    out_row = (out_channel * S + out_segment) * 4 + t4
+    m_segment, m_part, m = state_index(DP, NP, R, NN, S)
+    dbc_row = ((m_part * (2 * NP) + m) * S + m_segment) * 4 + t4
+    if AHEAD:
+        ahead = tl.load(saved_ptr + (SUB - 4) // HOLD * (S * DP * NP) + saved)
+    for back in range(SUB // 4):
+        at = SUB - 4 - back * 4
+        if AHEAD:
+            h = ahead
+            ahead = tl.load(saved_ptr + tl.maximum(at - 4, 0) // HOLD * (S * DP * NP) + saved)
+        else:
+            h = tl.load(saved_ptr + at // HOLD * (S * DP * NP) + saved)
+        for k in range(at // HOLD * HOLD, at, 4):
+            delta = tl.load(delta_ptr + row + k * (S * DP))
+            w = tl.load(w_ptr + row + k * (S * DP))
+            b = tl.load(bc_ptr + bc_row + k * (S * 2 * NP))
+            h = advance(h, delta, w, b, A2)[3]
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        w = tl.load(w_ptr + row + at * (S * DP))
+        b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))
+        states = advance(h, delta, w, b, A2)
+        dy = tl.load(dy_ptr + row + at * (S * DP))
+        c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
+        g, dA, by_input, by_decay, db, dc = gradients(g, dA, h, states, delta, w, b, c, dy, A2, DP, NP, R, NN, S)
+        tl.store(w_ptr + out_row + at * (S * DP), by_input)
+        tl.store(dy_ptr + out_row + at * (S * DP), by_decay)
+        tl.store(dbc_ptr + dbc_row + at * (S * PARTS * 2 * NP), db)
+        tl.store(dbc_ptr + NP * S * 4 + dbc_row + at * (S * PARTS * 2 * NP), dc)
+    return g, dA
 
 
 @triton.jit

@@ -19,24 +19,21 @@ from nnunetv2_dermomamba.ops.composed import cross_merge, cross_scan
 from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
     MAX_BLOCK,
-    advance,
     ceil_div,
-    channel_index,
     chunk_count,
     combine,
-    gradients,
     launch,
     load_decay,
-    outputs,
-    retreat,
     saved_index,
     softplus,
     softplus_slope,
-    state_index,
-    sum_of_steps,
     sum_over_segments,
     tile_for,
+    turned_cells,
+    walk_back,
     walk_index,
+    walk_output,
+    walk_summary,
 )
 from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_forward, states_shape_1d
 
@@ -63,16 +60,9 @@ def _positions(
 
 @triton.jit
 def _cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
-    """Offsets in the scratch, ``[SUB / 4, per_segment, S, 4]``, of a sub-block's rows as ``[S SUB, columns]``."""
+    """``turned_cells`` as ``[S SUB, columns]``: a ``tl.trans`` would hide from the compiler that steps are adjacent."""
     r = tl.arange(0, S * SUB)[:, None]
     return r // 4 % (SUB // 4) * (S * per_segment * 4) + (col[None, :] * S + r // SUB) * 4 + r % 4
-
-
-@triton.jit
-def _turned_cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
-    """The same as ``[columns, S SUB]``; of a ``tl.trans`` the compiler would not see that steps are adjacent."""
-    r = tl.arange(0, S * SUB)[None, :]
-    return r // 4 % (SUB // 4) * (S * per_segment * 4) + (col[:, None] * S + r // SUB) * 4 + r % 4
 
 
 @triton.jit
@@ -100,102 +90,6 @@ def _dot(a, b, acc, A_EXACT: tl.constexpr = False, B_EXACT: tl.constexpr = False
 def _load_map(ptr, position, valid, col, d: tl.constexpr):
     mask = valid[:, None] & (col < d)[None, :]
     return tl.load(ptr + position[:, None] * d + col[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _rows(segment, index, S: tl.constexpr):
-    """Offsets ``[..., 4]`` in the scratch of the first four steps of rows."""
-    return ((index * S + segment) * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-
-
-@triton.jit
-def _walk_summary(
-    delta_ptr, v_ptr, m_ptr, h, total, A2, segment, channel, n,
-    ADJOINT: tl.constexpr, DP: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr
-):  # fmt: skip
-    """Carry a segment's state and the sum of its steps over ``SUB`` positions; ADJOINT: from the last to the first.
-
-    ``v_ptr`` holds w or dy, ``m_ptr`` B or C.
-    """
-    row = _rows(segment, channel, S)
-    m_row = _rows(segment, n, S)
-    for k in range(SUB // 4):
-        at = (SUB - 4 - k * 4) if ADJOINT else k * 4
-        delta = tl.load(delta_ptr + row + at * (S * DP))
-        v = tl.load(v_ptr + row + at * (S * DP))
-        m = tl.load(m_ptr + m_row + at * (S * NP))
-        if ADJOINT:  # noqa: SIM108
-            h = retreat(h, delta, v, m, A2)
-        else:
-            h = advance(h, delta, v, m, A2)[3]
-        total += sum_of_steps(delta)
-    return h, total
-
-
-@triton.jit
-def _walk_output(
-    delta_ptr, w_ptr, bc_ptr, saved_ptr, h, A2, segment, channel, n, saved,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    SUB: tl.constexpr, HOLD: tl.constexpr
-):  # fmt: skip
-    """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
-    row = _rows(segment, channel, S)
-    bc_row = _rows(segment, n, S)
-    y_segment, y_channel = channel_index(DP, R, S)
-    y_row = (y_channel * S + y_segment) * 4 + tl.arange(0, 4)[None, None, :]
-    for k in range(SUB // 4):
-        at = k * 4
-        if at % HOLD == 0:
-            tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
-        delta = tl.load(delta_ptr + row + at * (S * DP))
-        w = tl.load(w_ptr + row + at * (S * DP))
-        b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))
-        c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
-        states = advance(h, delta, w, b, A2)
-        h = states[3]
-        tl.store(w_ptr + y_row + at * (S * DP), outputs(states, c, S * (DP // R), NP // NN, R))
-    return h
-
-
-@triton.jit
-def _walk_back(
-    delta_ptr, w_ptr, bc_ptr, dy_ptr, dbc_ptr, saved_ptr, g, dA, A2, segment, channel, n, saved,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    SUB: tl.constexpr, HOLD: tl.constexpr
-):  # fmt: skip
-    """Gradients of every position, from the saved states and the adjoints ``g`` that enter at the segments' ends.
-
-    Writes those with respect to w over w, the decays' part of those with respect to delta over dy, and the partial
-    sums of dB and dC to ``dbc_ptr``; returns the adjoints that leave and the gradient of A, added to ``dA``.
-    """
-    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    row = _rows(segment, channel, S)
-    bc_row = _rows(segment, n, S)
-    t4 = tl.arange(0, 4)[None, None, :]
-    out_segment, out_channel = channel_index(DP, R, S)
-    out_row = (out_channel * S + out_segment) * 4 + t4
-    m_segment, m_part, m = state_index(DP, NP, R, NN, S)
-    dbc_row = ((m_part * (2 * NP) + m) * S + m_segment) * 4 + t4
-    for back in range(SUB // 4):
-        at = SUB - 4 - back * 4
-        h = tl.load(saved_ptr + at // HOLD * (S * DP * NP) + saved)
-        for k in range(at // HOLD * HOLD, at, 4):
-            delta = tl.load(delta_ptr + row + k * (S * DP))
-            w = tl.load(w_ptr + row + k * (S * DP))
-            b = tl.load(bc_ptr + bc_row + k * (S * 2 * NP))
-            h = advance(h, delta, w, b, A2)[3]
-        delta = tl.load(delta_ptr + row + at * (S * DP))
-        w = tl.load(w_ptr + row + at * (S * DP))
-        b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))
-        states = advance(h, delta, w, b, A2)
-        dy = tl.load(dy_ptr + row + at * (S * DP))
-        c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
-        g, dA, by_input, by_decay, db, dc = gradients(g, dA, h, states, delta, w, b, c, dy, A2, DP, NP, R, NN, S)
-        tl.store(w_ptr + out_row + at * (S * DP), by_input)
-        tl.store(dy_ptr + out_row + at * (S * DP), by_decay)
-        tl.store(dbc_ptr + dbc_row + at * (S * PARTS * 2 * NP), db)
-        tl.store(dbc_ptr + NP * S * 4 + dbc_row + at * (S * PARTS * 2 * NP), dc)
-    return g, dA
 
 
 @triton.jit
@@ -276,7 +170,7 @@ def summary_2d_kernel(
                 dy = _load_map(dy_ptr + batch * length * d, position, valid, col, d)
                 tl.store(v_row + _cells(col, DP, S, SUB), dy)
             tl.debug_barrier()
-            state, total = _walk_summary(
+            state, total = walk_summary(
                 delta_row, v_row, m_row, state, total, A2, segment, channel, n, ADJOINT, DP, NP, S, SUB
             )
             tl.debug_barrier()
@@ -327,7 +221,7 @@ def forward_2d_kernel(
                     delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, CB, S, SUB
                 )  # fmt: skip
                 tl.debug_barrier()
-                h = _walk_output(
+                h = walk_output(
                     delta_row, w_row, bc_row, save + j * (SUB // HOLD) * (S * DP * NP), h, A2, segment, channel, n,
                     saved, DP, NP, R, NN, S, SUB, HOLD
                 )  # fmt: skip
@@ -403,9 +297,9 @@ def backward_2d_kernel(
                 )  # fmt: skip
                 tl.store(dy_row + cell, _load_map(dy_map, position, valid, col, d))
                 tl.debug_barrier()
-                g, dA = _walk_back(
+                g, dA = walk_back(
                     delta_row, w_row, bc_row, dy_row, dbc_row, save + j * (SUB // HOLD) * (S * DP * NP), g, dA, A2,
-                    segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD
+                    segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD, False
                 )  # fmt: skip
                 tl.debug_barrier()
 
@@ -445,9 +339,9 @@ def backward_2d_kernel(
                     dm_at = dweight + (KD + m)[:, None] * KD + c[None, :]
                     if KD != CB:
                         dw, dm = tl.load(dw_at), tl.load(dm_at)
-                    turned = tl.load(w_row + _turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
+                    turned = tl.load(w_row + turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
                     dw = _dot(turned, x_block, dw, B_EXACT=EXACT)
-                    dm = _dot(tl.load(bc_row + _turned_cells(m, 2 * NP, S, SUB)), x_block, dm, B_EXACT=EXACT)
+                    dm = _dot(tl.load(bc_row + turned_cells(m, 2 * NP, S, SUB)), x_block, dm, B_EXACT=EXACT)
                     if KD != CB:
                         tl.store(dw_at, dw)
                         tl.store(dm_at, dm)

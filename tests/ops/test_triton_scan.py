@@ -107,6 +107,12 @@ def test_1d_any_channels_groups_and_states(dim, groups, state):
     check_1d(sequences(2, dim, T + 3, groups, state))
 
 
+def test_1d_sequence_of_several_work_items():
+    tile = triton_common.tile_for(32, 16, 5 * T, stretch=2)
+    assert 2 * tile.span < 5 * T - 3
+    check_1d(sequences(1, 32, 5 * T - 3, 1, 16))
+
+
 def test_1d_without_skip_bias_and_softplus():
     inputs = sequences(1, 4, 2 * T + 1, 1, 4)
     inputs |= {"delta": inputs["delta"].abs(), "D": None, "delta_bias": None}
