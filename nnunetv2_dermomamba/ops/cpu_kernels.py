@@ -20,13 +20,15 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from .cpu_lanes import LANES, exp2_lanes, load, splat, store, total
+from .cpu_lanes import LANES, exp2_lanes, load, splat, store, total, totals
 
 LOG2_E = math.log2(math.e)
 # Everything but nnan and ninf: a NaN in an image must stay a NaN.
 _FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": _FASTMATH, "error_model": "numpy"}
 f4 = np.float32
+FEW = 16
+"""Channels up to which ``products_backward`` is the faster."""
 # OpenBLAS shares products of more multiplications between threads of its own, which then spin beside PyTorch's
 # (interface/gemm.c: SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD).
 BLAS_LIMIT = 2**18
@@ -207,6 +209,7 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
     of channels (1, d), and what there is for every state (A, h and their gradients) is (d / 8 * N, 8), a vector of
     eight channels after the other.
     """
+    whole = 2 * state // LANES * LANES
 
     @njit(**_OPTIONS)
     def scan_tile(x, rows, delta, A2, h, y, steps):
@@ -238,7 +241,7 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
 
     @njit(**_OPTIONS)
     def backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps):
-        """Walk them backward with the adjoint states ``g``; adds to dx, ddelta, dbc (T 2 N, 8) and dA."""
+        """Walk them backward with the adjoint states ``g``; adds to dx, ddelta, dA and, after block 0, dbc."""
         c, first = block * LANES, block * state
         for t in range(steps - 1, -1, -1):
             step, u, dout = load(delta, t, c), load(x, t, c), load(dy, t, c)
@@ -249,8 +252,11 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
                 carried = a * load(before, t * state + n, 0)
                 gn = load(g, first + n, 0) + dout * splat(rows[t, state + n])
                 in_b, in_c = 2 * state * t + n, 2 * state * t + state + n
-                store(dbc, in_b, 0, load(dbc, in_b, 0) + gn * drive)
-                store(dbc, in_c, 0, load(dbc, in_c, 0) + dout * (carried + drive * b))
+                db, dc = gn * drive, dout * (carried + drive * b)
+                if block > 0:
+                    db, dc = db + load(dbc, in_b, 0), dc + load(dbc, in_c, 0)
+                store(dbc, in_b, 0, db)
+                store(dbc, in_c, 0, dc)
                 ddrive = ddrive + gn * b
                 dlog = gn * carried
                 dstep = dstep + dlog * load(A, first + n, 0)
@@ -263,12 +269,13 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
     def scan_tile_backward(dy, x, rows, delta, A, A2, h, before, decay, g, dbc, dx, ddelta, drows, dA, steps):
         """Gradients of ``scan_tile``: adds to dx and dA; writes ddelta and drows' B and C; ``h`` as it was before."""
         ddelta[:] = 0
-        dbc[:] = 0
         for block in range(x.shape[1] // LANES):
             record_block(block, x, rows, delta, A2, h, before, decay, steps)
             backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps)
         for t in range(steps):
-            for j in range(2 * state):
+            for j in range(0, whole, LANES):
+                store(drows, t, j, totals(dbc, 2 * state * t + j))
+            for j in range(whole, 2 * state):
                 drows[t, j] = total(load(dbc, 2 * state * t + j, 0))
 
     @njit(**_OPTIONS)
@@ -283,6 +290,18 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
                 store(raw, t, c, value)
 
     @njit(**_OPTIONS)
+    def products_backward(drows, x, w_in, dx, dw_in, steps):
+        """Gradients of ``x w_in`` for few channels, where calls of a library take longer than the products."""
+        for t in range(steps):
+            for i in range(x.shape[1]):
+                factor, dxi = splat(x[t, i]), splat(x.dtype.type(0.0))
+                for j in range(0, row_length, LANES):
+                    drow = load(drows, t, j)
+                    dxi = dxi + drow * load(w_in, i, j)
+                    store(dw_in, i, j, load(dw_in, i, j) + factor * drow)
+                dx[t, i] += total(dxi)
+
+    @njit(**_OPTIONS)
     def project_tile_backward(drows, draw, x, rows, w_in, w_delta, dx, dw_in, dw_delta, dbias, steps):
         """Adds the gradients of ``project_tile``'s inputs and weights; ``drows`` holds those of B and C on entry."""
         for t in range(steps):
@@ -293,6 +312,9 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
                     store(dw_delta, r, c, load(dw_delta, r, c) + load(draw, t, c) * dt)
                 drows[t, 2 * state + r] = total(ddt)
         add_rows(draw, dbias, steps)
+        if x.shape[1] <= FEW:
+            products_backward(drows, x, w_in, dx, dw_in, steps)
+            return
         block = rows_per_product(x, w_in)
         for start in range(0, steps, block):
             end = min(start + block, steps)

@@ -109,6 +109,38 @@ def total(typing, vector):
     return vector.element(vector), generate
 
 
+def _merged(builder, a, b, order):
+    """Elements of two vectors added in pairs, as one vector; ``order`` is that of the first addends, and the gap."""
+    first, gap = order
+    indices = ir.VectorType(ir.IntType(32), LANES)
+    parts = [builder.shuffle_vector(a, b, ir.Constant(indices, [i + shift for i in first])) for shift in (0, gap)]
+    return builder.fadd(*parts)
+
+
+# Instructions that work within halves of a register.
+_SUMS = (((0, 8, 1, 9, 4, 12, 5, 13), 2), ((0, 1, 8, 9, 4, 5, 12, 13), 2), ((0, 1, 2, 3, 8, 9, 10, 11), 4))
+
+
+@intrinsic
+def totals(typing, array, row):
+    """The totals of eight rows of eight as one vector."""
+    if not _is_rows(array):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        zero = context.get_constant(types.intp, 0)
+        vectors = []
+        for i in range(LANES):
+            position = builder.add(arguments[1], context.get_constant(types.intp, i))
+            pointer = _pointer(context, builder, signature.args[0], arguments[0], position, zero)
+            vectors.append(builder.load(pointer, align=array.dtype.bitwidth // 8))
+        for order in _SUMS:
+            vectors = [_merged(builder, a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        return vectors[0]
+
+    return Lanes(array.dtype)(array, types.intp), generate
+
+
 def _binary(instruction):
     """An intrinsic for one of LLVM's instructions on two vectors."""
 

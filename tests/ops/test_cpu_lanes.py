@@ -5,7 +5,7 @@ import pytest
 from numba import njit
 from tolerances import NEGLIGIBLE
 
-from nnunetv2_dermomamba.ops.cpu_lanes import LANES, exp2_lanes, load, splat, store, total
+from nnunetv2_dermomamba.ops.cpu_lanes import LANES, exp2_lanes, load, splat, store, total, totals
 
 
 @njit
@@ -13,6 +13,11 @@ def power(exponents, out):
     for t in range(exponents.shape[0]):
         for c in range(0, exponents.shape[1], LANES):
             store(out, t, c, exp2_lanes(load(exponents, t, c)))
+
+
+@njit
+def sum_rows(a, out):
+    store(out, 0, 0, totals(a, 3))
 
 
 @njit
@@ -48,3 +53,11 @@ def test_arithmetic_at_any_column(kind):
     arithmetic(a, b, kind(0.25), out)
     np.testing.assert_allclose(out[:, 1:], a[:, 1:] * b[:, 1:] - 0.25 + a[:, :-1], rtol=1e-5)
     np.testing.assert_allclose(out[:, 0], b[:, 1:].sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_totals_of_eight_rows(kind):
+    a = np.random.default_rng(0).standard_normal((3 + LANES, LANES)).astype(kind)
+    out = np.empty((1, LANES), kind)
+    sum_rows(a, out)
+    np.testing.assert_allclose(out[0], a[3:].sum(1), rtol=1e-4)
