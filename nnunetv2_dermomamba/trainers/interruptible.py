@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nnunetv2_dermomamba.finite_images import NotFiniteError, check_images
 
 from .finite import RunningStatistics, skipped_at_end
-from .orphans import end_forks_with_parent
+from .orphans import EndsWithParent, end_forks_with_parent
 from .safe_checkpoints import SafeCheckpointMixin
 from .seeding import environment_seed, seed_generators
 from .stop_signals import STOPPED, StopRequest, stopping_at_once
@@ -36,6 +36,13 @@ class InterruptibleMixin(SafeCheckpointMixin):
             seed_generators(self.seed)
         super().initialize()
         self.running_statistics = RunningStatistics(self.plain_network())
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """As nnU-Net; the processes that they are sent to end with this one."""
+        datasets = super().get_tr_and_val_datasets()
+        for dataset in datasets:
+            dataset.ends_with_parent = EndsWithParent()
+        return datasets
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net, except that a damaged file is passed over."""

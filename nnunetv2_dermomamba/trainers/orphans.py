@@ -16,13 +16,24 @@ def end_forks_with_parent() -> None:
     """From now on, Linux kills what this process forks, nnU-Net's data loading workers for instance, when it dies.
 
     They would otherwise wait for ever for somebody to take their batches, and keep their memory. Other systems have
-    nothing of the kind; spawned processes read a pipe from their parent and notice.
+    nothing of the kind.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    if sys.platform.startswith("linux"):
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        os.register_at_fork(after_in_child=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
-    def ask_for_signal() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    os.register_at_fork(after_in_child=ask_for_signal)
+class EndsWithParent:
+    """Does the same for the spawned processes that get it: under several GPUs, nnU-Net's workers are spawned.
+
+    Part of something that a process is sent to work with, such as its data set, it acts as it arrives.
+    """
+
+    def __reduce__(self) -> tuple:
+        return _arrive, (os.getpid(),)
+
+
+def _arrive(sender: int) -> EndsWithParent:
+    if os.getppid() == sender and sys.platform.startswith("linux"):  # neither a copy nor from a file
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return EndsWithParent()
