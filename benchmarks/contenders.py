@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import resource
 import subprocess
@@ -150,6 +151,32 @@ def median_ms(step: Callable[[], object], device: torch.device, seconds: float =
     events[-1].record()
     torch.cuda.synchronize()
     return float(np.median([a.elapsed_time(b) for a, b in itertools.pairwise(events)]))
+
+
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU time in ms of every call, in turn after two warm-ups: another load on the CPU falls on all alike."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for index in range(rounds + 2):
+        for name, step in steps.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            if index >= 2:
+                times[name].append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
+    return times
+
+
+def cpu_table(batch: int, steps: dict[str, Callable[[], object]], rounds: int) -> None:
+    """Medians of the calls in turn, and of the first's time over the second's in the same round."""
+    times = in_turn(steps, rounds)
+    for name, pairs in times.items():
+        wall, cpu = np.median(pairs, axis=0)
+        print(f"batch {batch:3} {name:14} {wall:.1f} ms, CPU time {cpu:.1f} ms")
+    ours, theirs = (np.array(pairs) for pairs in times.values())
+    wall, cpu = np.median(ours / theirs, axis=0)
+    load = os.getloadavg()[0]
+    print(
+        f"batch {batch:3} ratio {wall:.2f}, of CPU time {cpu:.2f}; {rounds} rounds, load {load:.1f}", flush=True
+    )
 
 
 def peak_gib(step: Callable[[], object]) -> float:

@@ -2,7 +2,7 @@
 
 First a correctness gate: the network's output on the device at hand equals the CPU's with the portable PyTorch scan.
 Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA graph.
-On the CPU also the peak memory of DermoMamba's inference over the idle process.
+On the CPU eager, both networks in turn, and the peak memory of DermoMamba's inference over the idle process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from contenders import dermomamba, lesion_batch, median_ms, plain_conv_unet, provenance, resident_mib
+from contenders import cpu_table, dermomamba, lesion_batch, median_ms, plain_conv_unet, provenance, resident_mib
 from torch import Tensor, nn
 
 from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
@@ -48,10 +48,8 @@ def gate(device: torch.device) -> None:
         raise SystemExit("wrong output: nothing is timed")
 
 
-def ways(device: torch.device) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Ways to run a network on this device."""
-    if device.type != "cuda":
-        return {"eager": lambda network: network}
+def ways() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Ways to run a network on a GPU."""
     return {
         "eager": lambda network: network,
         "compiled": torch.compile,
@@ -75,10 +73,13 @@ def main() -> None:
     gate(device)
     for batch in arguments.batch or ([1, 64] if device.type == "cuda" else [1]):
         data = lesion_batch(batch, device)[0]
+        if device.type == "cpu":
+            cpu_table(batch, {name: forward(network.eval(), data) for name, network in networks.items()}, 20)
+            continue
         best = {}
         for name, network in networks.items():
             times = {}
-            for way, prepare in ways(device).items():
+            for way, prepare in ways().items():
                 torch.compiler.reset()
                 times[way] = median_ms(forward(prepare(network.to(device).eval()), data), device)
             best[name] = min(times.values())

@@ -16,6 +16,7 @@ import time
 import torch
 from contenders import (
     PATCH,
+    cpu_table,
     dermomamba,
     dermomamba_step,
     lesion_batch,
@@ -65,7 +66,12 @@ def gate(device: torch.device, compiled: bool) -> None:
 
 
 def table(device: torch.device, batches: list[int], compiled: bool) -> None:
-    """Step times and peak memory, ours over nnU-Net's."""
+    """Step times and peak memory, ours over nnU-Net's; on the CPU both in turn."""
+    if device.type == "cpu":
+        for batch in batches:
+            steps = {"DermoMamba": dermomamba_step, "PlainConvUNet": unet_step}
+            cpu_table(batch, {name: build(batch, device, compiled) for name, build in steps.items()}, 8)
+        return
     print(f"{'batch':>5} {'DermoMamba ms':>14} {'PlainConvUNet ms':>17} {'ratio':>6}", end="")
     print(f" {'GiB':>6} {'GiB':>6} {'ratio':>6}  first call s" if device.type == "cuda" else "")
     for batch in batches:
