@@ -4,18 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import left
 
+import nnunetv2_dermomamba
+
+FOLDER = Path(nnunetv2_dermomamba.__file__).parent / "trainers"  # the module alone: the others take long to import
 SCRIPT = """
 import multiprocessing, os, sys
-what, method = sys.argv[1:]
+what, method, folder = sys.argv[1:]
 worker = multiprocessing.get_context(method).Process(target=os.system, args=("echo it works; sleep 60",), daemon=True)
 if what == "protected":
-    from nnunetv2_dermomamba.trainers.orphans import EndsWithParent, end_forks_with_parent
-    end_forks_with_parent()
-    worker.sent_along = EndsWithParent()
+    sys.path.insert(0, folder)
+    import orphans
+    orphans.end_forks_with_parent()
+    worker.sent_along = orphans.EndsWithParent()
 worker.start()
 print(worker.pid, flush=True)
 worker.join()
@@ -29,7 +34,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux a
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("what", ["protected", "stock"])
 def test_worker_dies_with_its_parent(what: str, method: str) -> None:
-    command = [sys.executable, "-c", SCRIPT, what, method]
+    command = [sys.executable, "-c", SCRIPT, what, method, str(FOLDER)]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
@@ -46,12 +51,13 @@ def test_worker_dies_with_its_parent(what: str, method: str) -> None:
 @LINUX
 def test_a_copy_ends_with_nobody() -> None:
     script = """
-import copy, ctypes
-from nnunetv2_dermomamba.trainers.orphans import EndsWithParent
-copy.deepcopy(EndsWithParent())
+import copy, ctypes, sys
+sys.path.insert(0, sys.argv[1])
+import orphans
+copy.deepcopy(orphans.EndsWithParent())
 set_to = ctypes.c_int(-1)
 ctypes.CDLL(None).prctl(2, ctypes.byref(set_to))  # PR_GET_PDEATHSIG
 print(set_to.value)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script, str(FOLDER)], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
