@@ -174,9 +174,7 @@ def cpu_table(batch: int, steps: dict[str, Callable[[], object]], rounds: int) -
     ours, theirs = (np.array(pairs) for pairs in times.values())
     wall, cpu = np.median(ours / theirs, axis=0)
     load = os.getloadavg()[0]
-    print(
-        f"batch {batch:3} ratio {wall:.2f}, of CPU time {cpu:.2f}; {rounds} rounds, load {load:.1f}", flush=True
-    )
+    print(f"batch {batch:3} ratio {wall:.2f}, of CPU time {cpu:.2f}; {rounds} rounds, load {load:.1f}", flush=True)
 
 
 def peak_gib(step: Callable[[], object]) -> float:
