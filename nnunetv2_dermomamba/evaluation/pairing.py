@@ -100,6 +100,7 @@ def pair(
     """
     truth, ignored = index_masks(ground_truth)
     predicted, ignored_too = index_masks(predictions)
+    predicted = {_without_channel(name, truth, predicted): path for name, path in predicted.items()}
     probability = index_probabilities(probabilities) if probabilities else {}
     image = index_images(images) if images else {}
     if not truth.keys() & predicted.keys():
@@ -113,6 +114,12 @@ def pair(
     ]
     extra = {name: path for name, path in sorted(predicted.items()) if name not in truth}
     return Pairing(cases, extra, ignored + ignored_too)
+
+
+def _without_channel(name: str, truth: Iterable[str], predicted: Iterable[str]) -> str:
+    """Case of a mask predicted from nnU-Net's ``<case>_0000.png``, if that is the only mask of a true case."""
+    case = name.removesuffix(CHANNEL_ENDING)
+    return case if name not in truth and case in truth and case not in predicted else name
 
 
 def index_masks(folder: Path) -> tuple[dict[str, Path], list[Path]]:

@@ -133,7 +133,10 @@ def run(args: argparse.Namespace) -> int:
     for failure in report.failed:
         print(f"failed: {failure}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     if report.failed:
-        print(f"{len(report.failed)} photographs failed, listed in {str(args.o / FAILED_FILE)!r}", file=sys.stderr)
+        plural = "s" * (len(report.failed) > 1)
+        print(
+            f"{len(report.failed)} photograph{plural} failed, listed in {str(args.o / FAILED_FILE)!r}", file=sys.stderr
+        )
     return 1 if report.failed else 0
 
 

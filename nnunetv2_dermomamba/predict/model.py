@@ -221,9 +221,11 @@ def _only_model(path: Path, names: list[str]) -> str:
     depth = min((root.count("/") for root in roots), default=0)
     roots = sorted(root for root in roots if root.count("/") == depth)
     if not roots:
+        broken = any(name.endswith(".pth") for name in names)  # nnU-Net exports checkpoints first
         raise ModelError(
             f"{str(path)!r} holds no trained model: it needs plans.json, dataset.json and fold_0/{FINAL_CHECKPOINT}, "
             "like nnUNet_results/Dataset118_ISIC2018/nnUNetTrainerDermoMamba__nnUNetPlans__2d"
+            + (". There are checkpoints, so an export may have broken off: export again after validation" * broken)
         )
     if len(roots) > 1:
         raise ModelError(f"{str(path)!r} holds several models, name one or export one: {', '.join(roots)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
@@ -147,11 +147,13 @@ def draw_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes) -> Im
         margin = radius + 2
         left, top = max(box[0] - margin, 0), max(box[1] - margin, 0)
         box = (left, top, min(box[2] + margin, photo.width), min(box[3] + margin, photo.height))
-        part = mask.crop(box)
+        # nothing lies beyond the photograph: a lesion that it cuts off is closed along its edge
+        part = ImageOps.expand(mask.crop(box), margin)
+        inner = (margin, margin, part.width - margin, part.height - margin)
         for width, colour in ((radius + 1, OUTLINE), (radius, COLOURS[index % len(COLOURS)])):
             # A blur is neither 0 nor 255 exactly where both are within its reach.
             band = part.filter(ImageFilter.BoxBlur(width)).point([0] + [255] * 254 + [0])
-            photo.paste(colour, box, band)
+            photo.paste(colour, box, band.crop(inner))
     return photo
 
 

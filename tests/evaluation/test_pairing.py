@@ -105,3 +105,12 @@ def test_no_match_shows_both_sides(tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(PairingError, match="is not a folder"):
         index_masks(tmp_path / "nowhere")
+
+
+def test_masks_predicted_from_nnunets_images_belong_to_its_cases(tmp_path: Path) -> None:
+    predictions = touch(tmp_path / "p", "a_0000_mask.png", "b_0000.png", "b.png", "c_0000.png")
+    truth = touch(tmp_path / "t", "a.png", "b.png", "c_0000.png")
+    pairing = pair(predictions, truth)
+    predicted = {case.name: case.prediction and case.prediction.name for case in pairing.cases}
+    assert predicted == {"a": "a_0000_mask.png", "b": "b.png", "c_0000": "c_0000.png"}
+    assert list(pairing.extra) == ["b_0000"]

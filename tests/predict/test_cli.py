@@ -224,6 +224,18 @@ def test_the_overlay_marks_the_contour_and_nothing_else():
     assert not changed[:30].any()
 
 
+def test_a_lesion_at_the_edge_of_the_photograph_has_a_closed_contour():
+    photo = Image.new("RGB", (200, 160), (180, 140, 120))
+    labels = np.zeros((160, 200), np.uint8)
+    labels[0:90, 120:200] = 1
+    drawn = np.asarray(outputs.draw_overlay(photo.copy(), labels, Classes((1,), ("lesion",), True)))
+    changed = (drawn != np.asarray(photo)).any(axis=2)
+    assert changed[0, 120:].all()
+    assert changed[:90, 199].all()
+    assert not changed[10:80, 130:190].any()
+    assert not changed[100:].any()
+
+
 def refuse_to_write(monkeypatch, folder):
     """Makes the folder a read-only one, for root too."""
 
