@@ -92,6 +92,7 @@ def training_step(network: nn.Module, loss: nn.Module, optimizer: torch.optim.Op
     scaler = torch.amp.GradScaler("cuda" if cuda else "cpu", enabled=cuda)
 
     def forward_backward(data: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda") if cuda else nullcontext():
             value = loss(network(data), target)
         scaler.scale(value).backward()
@@ -100,8 +101,6 @@ def training_step(network: nn.Module, loss: nn.Module, optimizer: torch.optim.Op
     captured_pass = CapturedPass(forward_backward)
 
     def step(data: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        if not captured_pass.captured:
-            optimizer.zero_grad(set_to_none=True)
         value = (captured_pass if graph and cuda else forward_backward)(data, target)
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(network.parameters(), clip)
