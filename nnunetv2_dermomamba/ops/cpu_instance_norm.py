@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .cpu_kernels import _OPTIONS
 from .cpu_scan import _run
 
+SMALL = 2**18  # elements
+
 
 @njit(**_OPTIONS)
 def _moments(rows, centre, sums, power):  # type: ignore[no-untyped-def]
@@ -40,9 +42,10 @@ def _rows(x: Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).contiguous().flatten(1, 2).numpy()
 
 
-def _shares(batch: int, length: int) -> list[tuple[int, slice]]:
-    """(image, run of positions), about as many as threads."""
-    share = -(-length // -(-torch.get_num_threads() // batch))
+def _shares(batch: int, length: int, channels: int) -> list[tuple[int, slice]]:
+    """(image, run of positions), about as many as threads; whole images where waking a thread takes longer."""
+    threads = torch.get_num_threads() if length * channels > SMALL else 1
+    share = -(-length // -(-threads // batch))
     return [(b, slice(first, first + share)) for b in range(batch) for first in range(0, length, share)]
 
 
@@ -54,7 +57,7 @@ def instance_norm_leaky_add_cpu(
     length = height * width
     out = torch.empty(batch, height, width, channels)
     rows, others, outs = _rows(x), _rows(other), out.flatten(1, 2).numpy()
-    shares = _shares(batch, length)
+    shares = _shares(batch, length, channels)
 
     def mean_of(centre: np.ndarray, power: int) -> np.ndarray:
         sums = np.zeros((len(shares), channels))

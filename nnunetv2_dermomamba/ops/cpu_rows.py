@@ -78,7 +78,7 @@ def norm_linear_cpu(
     gates = (x.new_empty(0, channels) if gate is None else gate.reshape(-1, channels)).numpy()
     vectors = norm_weight.detach().numpy(), norm_bias.detach().numpy(), np.float32(eps)
     matrix = weight.detach().t().contiguous().numpy()
-    share = -(-len(rows) // torch.get_num_threads())
+    share = max(1024, -(-len(rows) // torch.get_num_threads()))  # waking a thread takes as long as fewer rows do
 
     def task(start: int) -> None:
         part = slice(start, start + share)
