@@ -16,6 +16,9 @@ from .backends import choose_backend
 from .cpu_inference import numba_infers
 from .library import no_double_backward
 
+WIDEST_IN, WIDEST_OUT = 128, 256
+"""Channels c and m that a program of the Triton kernels can hold."""
+
 
 @torch.library.custom_op("dermomamba::norm_linear", mutates_args=())
 def _forward(
@@ -94,6 +97,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
 
 def _triton_serves(x: Tensor, matrix: Tensor) -> bool:
     """Parameters are float32 and few enough for a program."""
-    if not x.is_cuda or matrix.dtype != torch.float32 or matrix.shape[1] > 128 or matrix.shape[0] > 256:
+    if not x.is_cuda or matrix.dtype != torch.float32:
+        return False
+    if matrix.shape[1] > WIDEST_IN or matrix.shape[0] > WIDEST_OUT:
         return False
     return choose_backend("cuda", x.dtype) == "triton"

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from nnunetv2_dermomamba.ops.triton_common import ceil_div
 
-WIDEST_IN, WIDEST_OUT = 128, 256
-"""Channels that a program can hold."""
 VALUES = 4096  # of a program, about: what its threads hold without spilling
 PROGRAMS = 4  # a processor, of the backward pass with small matrices
 
@@ -128,12 +126,12 @@ def norm_linear_forward(
     """``matrix (norm(x) silu(gate))``.
 
     Args:
-        x: (..., c), float16, bfloat16 or float32, c at most ``WIDEST_IN``.
+        x: (..., c), float16, bfloat16 or float32, c at most ``norm_linear.WIDEST_IN``.
         gate: (..., c) likewise, or None.
         scale: (c,) of the LayerNorm, float32.
         shift: (c,).
         eps: of the LayerNorm.
-        matrix: (m, c), float32, contiguous, m at most ``WIDEST_OUT``.
+        matrix: (m, c), float32, contiguous, m at most ``norm_linear.WIDEST_OUT``.
         kind: type of the result and of the factors of the product.
 
     Returns:
