@@ -139,22 +139,32 @@ def launch(
 
 
 @triton.jit
+def _exp2(x):
+    """The hardware's own: results below the smallest normal number are 0, which spares the code that scales them."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def softplus(x):
-    """``max(x, 0) + log1p(exp(-|x|))``; ``log1p(t) = 2 artanh(t / (2 + t))`` keeps tiny results relatively exact."""
-    t = tl.exp(-tl.abs(x))
-    z = t / (2.0 + t)
-    s = z * z
-    series = 1 / 13 + s * (1 / 15 + s * (1 / 17))
-    series = 1 / 7 + s * (1 / 9 + s * (1 / 11 + s * series))
-    series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * series))
-    return tl.maximum(x, 0.0) + 2.0 * z * series
+    """``max(x, 0) + log1p(exp(-|x|))``, log1p(t) as t times a polynomial: tiny results stay relatively exact.
+
+    Of degree 8, with the least relative error on [0, 1], 3e-8; fitted by iteratively reweighted least squares.
+    """
+    t = _exp2(tl.abs(x) * -LOG2E)
+    series = -0.0295052325 + t * 0.0052326927
+    series = -0.136632449 + t * (0.0782259417 + t * series)
+    series = -0.248429821 + t * (0.191060064 + t * series)
+    series = -0.499994931 + t * (0.333190968 + t * series)
+    return tl.maximum(x, 0.0) + t * (1.0 + t * series)
 
 
 @triton.jit
 def softplus_slope(delta):
     """Derivative of ``softplus`` from its value: ``1 - exp(-delta)``, by its series where that would cancel."""
     series = delta * (1.0 - delta * (0.5 - delta * (1 / 6 - delta * (1 / 24 - delta * (1 / 120)))))
-    return tl.where(delta < 0.1, series, 1.0 - tl.exp(-delta))
+    return tl.where(delta < 0.1, series, 1.0 - _exp2(delta * -LOG2E))
 
 
 @triton.jit
@@ -179,14 +189,6 @@ def saved_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.cons
 def load_decay(A_ptr, channel, n, d, N):
     """``A log2(e)`` as ``[LANES, R, NN]``; 0 (no decay) where padded."""
     return tl.load(A_ptr + channel * N + n, mask=(channel < d) & (n < N), other=0.0) * LOG2E
-
-
-@triton.jit
-def _exp2(x):
-    """The hardware's own: results below the smallest normal number are 0, which spares the code that scales them."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
