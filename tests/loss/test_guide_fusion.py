@@ -162,7 +162,7 @@ def test_one_sigmoid_logit_is_the_released_arithmetic():
         dice = 1 - (2 * (p * g).sum() + SMOOTH) / (p.sum() + g.sum() + SMOOTH)
         guide = float(attention_of_image(g.numpy(), np.ones(g.shape, bool)).astype(np.float64).mean())
         expected.append(torch.nn.functional.binary_cross_entropy(p, g.double()) + dice * guide)
-    result = sum(guide_fusion_loss(logits, target, regions=True))
+    result = sum(guide_fusion_loss(logits, target, attention="scalar", regions=True))
     assert relative_error(result, torch.stack(expected).mean().detach()) <= FORWARD[torch.float64]
 
 
