@@ -179,10 +179,10 @@ def walk_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.const
 
 @triton.jit
 def saved_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr):
-    """Where a lane's states lie among a work item's saved ones: adjacent lanes side by side."""
+    """Where a lane's states lie among a work item's saved ones: a channel's side by side, adjacent lanes next."""
     LANES: tl.constexpr = S * (DP // R) * (NP // NN)
-    held = tl.arange(0, R)[None, :, None] * NN + tl.arange(0, NN)[None, None, :]
-    return tl.arange(0, LANES)[:, None, None] + held * LANES
+    lane = tl.arange(0, LANES)[:, None, None] * NN + tl.arange(0, NN)[None, None, :]
+    return lane + tl.arange(0, R)[None, :, None] * (LANES * NN)
 
 
 @triton.jit
@@ -229,12 +229,25 @@ def sum_of_steps(delta):
 
 
 @triton.jit
-def outputs(states, c, GROUPS: tl.constexpr, NL: tl.constexpr, R: tl.constexpr):
-    """``y = <C, h>`` of four steps, ``[GROUPS, R, 4]`` with ``GROUPS = S DP / R``."""
+def _sum_over_lanes(x, OUTER: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr):
+    """``[LANES, X, 4]`` summed over the middle factor of ``LANES = OUTER W INNER``; every lane gets its sum.
+
+    In the walk's own layout, so it is shuffles alone: any other one would cost a trip through shared memory.
+    """
+    if W == 1:
+        return x
+    shape: tl.constexpr = [OUTER, W, INNER, x.shape[1], 4]
+    total = tl.sum(tl.reshape(x, shape), axis=1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, shape), [OUTER * W * INNER, x.shape[1], 4])
+
+
+@triton.jit
+def outputs(states, c, GROUPS: tl.constexpr, NL: tl.constexpr):
+    """``y = <C, h>`` of four steps, ``[LANES, R, 4]`` with ``LANES = GROUPS NL``."""
     ys = ()
     for i in tl.static_range(4):
         ys = ys + (tl.sum(states[i] * _pick(c, i), axis=2),)  # noqa: RUF005
-    return tl.sum(_pack(ys[0], ys[1], ys[2], ys[3]).reshape(GROUPS, NL, R, 4), axis=1)
+    return _sum_over_lanes(_pack(ys[0], ys[1], ys[2], ys[3]), GROUPS, NL, 1)
 
 
 @triton.jit
@@ -248,7 +261,8 @@ def gradients(
 
     Returns:
         The adjoint before them; ``dA`` with theirs added; of each step ``sum_n g B`` and ``sum_n (g a h_before) A``,
-        ``[S DP / R, R, 4]``; dB and dC, sums over up to 8 groups of channels, ``[PARTS NL, NN, 4]``.
+        ``[LANES, R, 4]``; dB and dC, sums over up to 8 groups of channels, ``[LANES, NN, 4]``. Lanes that share a sum
+        all have it.
     """
     NL: tl.constexpr = NP // NN
     G: tl.constexpr = DP // R
@@ -269,28 +283,11 @@ def gradients(
         q = g * (states[i - 1] if i > 0 else before)
         dA += q * step
         by_decay = (tl.sum(q * A2, axis=2),) + by_decay  # noqa: RUF005
-    by_input = _pack(by_input[0], by_input[1], by_input[2], by_input[3]).reshape(S * G, NL, R, 4)
-    by_decay = _pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]).reshape(S * G, NL, R, 4)
-    db = tl.sum(_pack(dbs[0], dbs[1], dbs[2], dbs[3]).reshape(PARTS, E, NL, NN, 4), axis=1).reshape(PARTS * NL, NN, 4)
-    dc = tl.sum(_pack(dcs[0], dcs[1], dcs[2], dcs[3]).reshape(PARTS, E, NL, NN, 4), axis=1).reshape(PARTS * NL, NN, 4)
-    return g, dA, tl.sum(by_input, axis=1), tl.sum(by_decay, axis=1) * LN2, db, dc
-
-
-@triton.jit
-def channel_index(DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
-    """Segment ``[S DP / R, 1, 1]`` and channel ``[S DP / R, R, 1]`` of what leaves the walk for every channel."""
-    group = tl.arange(0, S * (DP // R))[:, None, None]
-    return group // (DP // R), group % (DP // R) + tl.arange(0, R)[None, :, None] * (DP // R)
-
-
-@triton.jit
-def state_index(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr):
-    """Segment and part ``[PARTS NL, 1, 1]`` and state ``[PARTS NL, NN, 1]`` of the sums over groups of channels."""
-    NL: tl.constexpr = NP // NN
-    PER_SEGMENT: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
-    row = tl.arange(0, S * PER_SEGMENT * NL)[:, None, None]
-    n = row % NL + tl.arange(0, NN)[None, :, None] * NL
-    return row // NL // PER_SEGMENT, row // NL % PER_SEGMENT, n
+    by_input = _sum_over_lanes(_pack(by_input[0], by_input[1], by_input[2], by_input[3]), S * G, NL, 1)
+    by_decay = _sum_over_lanes(_pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]), S * G, NL, 1)
+    db = _sum_over_lanes(_pack(dbs[0], dbs[1], dbs[2], dbs[3]), PARTS, E, NL)
+    dc = _sum_over_lanes(_pack(dcs[0], dcs[1], dcs[2], dcs[3]), PARTS, E, NL)
+    return g, dA, by_input, by_decay * LN2, db, dc
 
 
 @triton.jit
@@ -339,8 +336,8 @@ def walk_output(
     """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
     row = _rows(segment, channel, S)
     bc_row = _rows(segment, n, S)
-    y_segment, y_channel = channel_index(DP, R, S)
-    y_row = (y_channel * S + y_segment) * 4 + tl.arange(0, 4)[None, None, :]
+    y_row = (channel * S + segment) * 4 + tl.arange(0, 4)[None, None, :]
+    first = tl.arange(0, row.shape[0])[:, None, None] % (NP // NN) == 0  # of the lanes that share a channel
     for k in range(SUB // 4):
         at = k * 4
         if at % HOLD == 0:
@@ -351,7 +348,7 @@ def walk_output(
         c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
         states = advance(h, delta, w, b, A2)
         h = states[3]
-        tl.store(w_ptr + y_row + at * (S * DP), outputs(states, c, S * (DP // R), NP // NN, R))
+        tl.store(w_ptr + y_row + at * (S * DP), outputs(states, c, S * (DP // R), NP // NN), mask=first)
     return h
 
 
@@ -367,14 +364,19 @@ def walk_back(
     sums of dB and dC to ``dbc_ptr``; returns the adjoints that leave and the gradient of A, added to ``dA``. AHEAD:
     the saved states are loaded four steps before their use.
     """
-    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
+    NL: tl.constexpr = NP // NN
+    G: tl.constexpr = DP // R
+    E: tl.constexpr = G if G < 8 else 8
     row = _rows(segment, channel, S)
     bc_row = _rows(segment, n, S)
+    lane = tl.arange(0, row.shape[0])[:, None, None]
+    group = lane // NL % G
     t4 = tl.arange(0, 4)[None, None, :]
-    out_segment, out_channel = channel_index(DP, R, S)
-    out_row = (out_channel * S + out_segment) * 4 + t4
-    m_segment, m_part, m = state_index(DP, NP, R, NN, S)
-    dbc_row = ((m_part * (2 * NP) + m) * S + m_segment) * 4 + t4
+    out_row = (channel * S + segment) * 4 + t4
+    m = tl.arange(0, NN)[None, :, None] * NL + lane % NL
+    dbc_row = ((group // E * (2 * NP) + m) * S + segment) * 4 + t4
+    first_of_channel = lane % NL == 0
+    first_of_state = group % E == 0
     if AHEAD:
         ahead = tl.load(saved_ptr + (SUB - 4) // HOLD * (S * DP * NP) + saved)
     for back in range(SUB // 4):
@@ -396,10 +398,10 @@ def walk_back(
         dy = tl.load(dy_ptr + row + at * (S * DP))
         c = tl.load(bc_ptr + NP * S * 4 + bc_row + at * (S * 2 * NP))
         g, dA, by_input, by_decay, db, dc = gradients(g, dA, h, states, delta, w, b, c, dy, A2, DP, NP, R, NN, S)
-        tl.store(w_ptr + out_row + at * (S * DP), by_input)
-        tl.store(dy_ptr + out_row + at * (S * DP), by_decay)
-        tl.store(dbc_ptr + dbc_row + at * (S * PARTS * 2 * NP), db)
-        tl.store(dbc_ptr + NP * S * 4 + dbc_row + at * (S * PARTS * 2 * NP), dc)
+        tl.store(w_ptr + out_row + at * (S * DP), by_input, mask=first_of_channel)
+        tl.store(dy_ptr + out_row + at * (S * DP), by_decay, mask=first_of_channel)
+        tl.store(dbc_ptr + dbc_row + at * (S * (G // E) * 2 * NP), db, mask=first_of_state)
+        tl.store(dbc_ptr + NP * S * 4 + dbc_row + at * (S * (G // E) * 2 * NP), dc, mask=first_of_state)
     return g, dA
 
 
