@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nnunetv2_dermomamba.ops.triton_common import (
+    BACKWARD_REGISTERS,
     CHUNK,
     LN2,
     Tile,
@@ -38,7 +39,6 @@ SLICE_BYTES = 2**28
 """Of the rows in memory at once: more measured the same, a quarter of it half as fast for want of programs."""
 SHORT_CHUNK = 32  # T of maps of up to 4096 positions
 SUB = 8  # positions between two saved states; a multiple of 4
-BACKWARD_REGISTERS = 232  # a thread of the backward walk: measured best
 COLUMNS = 32  # of a factor that a product's program holds at once
 UNSPECIALIZED = ["length", "padded", "height", "width", "per_map", "chunks", "positions"]
 
@@ -182,6 +182,7 @@ def backward_kernel(
     G: tl.constexpr = DP // R
     E: tl.constexpr = G if G < 8 else 8
     PARTS: tl.constexpr = G // E
+    DROW: tl.constexpr = 4 * ROW if PARTS == 1 else 4 * PARTS * 2 * N
     channel, n = _lanes(DP, NP, R, NN)
     lane = tl.arange(0, G * NL)[:, None, None]
     batch, direction, q = _unpack(per_map)
@@ -190,10 +191,8 @@ def backward_kernel(
     dy_map = dy_ptr + batch * length * d + channel
     out = batch * length * (4 * d) + direction * d + channel
     if PARTS == 1:  # nobody reads a position's B and C after its own step
-        DROW: tl.constexpr = 4 * ROW
         dbc_map = rows + d + n
     else:
-        DROW: tl.constexpr = 4 * PARTS * 2 * N
         dbc_map = dbc_ptr + (batch * length * 4 + direction) * (PARTS * 2 * N) + lane // NL // E * (2 * N) + n
     A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
     item = (batch * 4 + direction) * chunks + q
@@ -498,7 +497,7 @@ def rows_backward(
     dA = A.new_empty(x.shape[0], 4, plan.chunks, tile.R, tile.DP // tile.R, tile.NP)
     dx = A.new_empty(x.shape)
     # Wider maps have larger partial sums of the weights' gradients, so fewer of them.
-    block = min(64, 4096 // tile.DP)
+    block = 64 if d <= 32 else 32
     weight_programs = max(1, min(programs_at_once(A, 1) * 32 // tile.DP, ceil_div(most, block)))
     input_programs = min(programs_at_once(A, 2), ceil_div(most, 32))
     dweight = A.new_zeros(weight_programs, *weight.shape)
