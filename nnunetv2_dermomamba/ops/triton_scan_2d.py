@@ -1,11 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the fused four-direction scan of a map, channels last, with its dt, B and C projections.
+"""The Triton scan of a map in four directions, channels last, with its dt, B and C projections: three ways by width.
 
-No direction's copy, no B, C or dt tensor and no state but one a chunk reaches device memory: a program projects a block
-of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A direction and its reverse
-share a program; row-major and column-major write two maps, so that sums need no atomics and repeat bit for bit.
-The low-rank dt projection is folded outside, ``W_delta = dt_projs_weight @ x_proj_weight[:R]``: at the ranks in use
-(R = ceil(d / 32)) one dense product of d x d is as cheap as two thin ones padded to the tensor cores' size.
+Up to 16 channels the fused kernels of this file; up to 128 ``triton_scan_2d_rows``; more through the 1D scan.
+
+The fused kernels write no direction's copy, no B, C or dt tensor and no state but one a chunk to device memory: a
+program projects a block of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A
+direction and its reverse share a program; row-major and column-major write two maps, so that sums need no atomics and
+repeat bit for bit. A block's channels are one tile of the tensor cores: weights are loaded once a work item and their
+gradients stay in registers.
 """
 
 from __future__ import annotations
