@@ -45,7 +45,7 @@ class Tile:
     S: int
     T: int
     SUB: int
-    HOLD: int  # positions between two saved states; divides SUB
+    HOLD: int = 8  # positions between two saved states; divides SUB
 
     @property
     def lanes(self) -> int:
@@ -59,8 +59,8 @@ class Tile:
 
     @property
     def forward_registers(self) -> int:
-        """Registers a thread of the summary and forward kernels: what 8, 16 or 32 states want without spilling."""
-        return {8: 128, 16: 168}.get(max(8, self.R * self.NN), 255)
+        """Registers a thread of the summary and forward kernels: what 8 or 16 states want without spilling."""
+        return 168 if self.R * self.NN > 8 else 128
 
     @property
     def P(self) -> int:
@@ -98,19 +98,18 @@ class Tile:
         return {name: getattr(self, name) for name in names}
 
 
-def tile_for(channels: int, state: int, length: int, widest: int = 16, stretch: int = 1) -> Tile:
+def tile_for(channels: int, state: int, length: int, stretch: int = 1) -> Tile:
     """Tile for one block of ``channels`` (at most ``MAX_BLOCK``) of sequences of ``length``.
 
-    A thread holds 8 states of up to 16 channels, 16 of 32 channels and ``widest`` of more: the more, the fewer loads an
-    update, and the fewer threads. ``stretch`` lengthens the chunks. What measured best (docs/selective_scan.md).
+    A thread holds 8 states of up to 16 channels and 16 of more: the more, the fewer loads an update, and the fewer
+    threads. ``stretch`` lengthens the chunks. What measured best (docs/selective_scan.md).
     """
     padded, states = triton.next_power_of_2(channels), triton.next_power_of_2(state)
     run = min(4 if padded > 16 else 2, padded)
-    held = min(widest // 4 if padded > 32 else 4, states)
+    held = min(4, states)
     segments = max(2, 32 // (padded // run * (states // held)))
     chunk = CHUNK if length > 4096 else 32 if length > 512 else SUB  # short sequences want more programs
-    hold = 8 if run * held <= 16 else 4
-    return Tile(padded, states, run, held, segments, chunk * stretch, SUB, hold)
+    return Tile(padded, states, run, held, segments, chunk * stretch, SUB)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -123,6 +122,13 @@ def chunk_count(length: int, tile: Tile) -> int:
     return ceil_div(length, tile.span) * tile.S
 
 
+def programs_at_once(like: Tensor, per_processor: int) -> int:
+    """Programs that the tensor's device runs at once; 2 where kernels are interpreted."""
+    if like.device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(like.device).multi_processor_count * per_processor
+
+
 def launch(
     like: Tensor, items: int, tile: Tile, floats: int, registers: int
 ) -> tuple[Tensor, tuple[int], dict[str, int]]:
@@ -130,16 +136,12 @@ def launch(
 
     As many programs as the device holds at once, so that each keeps its scratch in the cache.
     """
-    programs = 2
-    if like.device.type == "cuda":
-        processors = torch.cuda.get_device_properties(like.device).multi_processor_count
-        programs = processors * max(1, 65536 // registers // (32 * tile.num_warps))
-    programs = min(items, programs)
+    programs = min(items, programs_at_once(like, max(1, 65536 // registers // (32 * tile.num_warps))))
     return like.new_empty(programs * floats, dtype=torch.float32), (programs,), {"maxnreg": registers, "num_stages": 1}
 
 
 @triton.jit
-def _exp2(x):
+def exp2(x):
     """The hardware's own: results below the smallest normal number are 0, which spares the code that scales them."""
     if INTERPRETED:
         return tl.exp2(x)
@@ -152,7 +154,7 @@ def softplus(x):
 
     Of degree 8, with the least relative error on [0, 1], 3e-8; fitted by iteratively reweighted least squares.
     """
-    t = _exp2(tl.abs(x) * -LOG2E)
+    t = exp2(tl.abs(x) * -LOG2E)
     series = -0.0295052325 + t * 0.0052326927
     series = -0.136632449 + t * (0.0782259417 + t * series)
     series = -0.248429821 + t * (0.191060064 + t * series)
@@ -164,7 +166,7 @@ def softplus(x):
 def softplus_slope(delta):
     """Derivative of ``softplus`` from its value: ``1 - exp(-delta)``, by its series where that would cancel."""
     series = delta * (1.0 - delta * (0.5 - delta * (1 / 6 - delta * (1 / 24 - delta * (1 / 120)))))
-    return tl.where(delta < 0.1, series, 1.0 - _exp2(delta * -LOG2E))
+    return tl.where(delta < 0.1, series, 1.0 - exp2(delta * -LOG2E))
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def advance(h, delta, w, b, A2):
     """States after each of four steps, ``h = a h + w B``."""
     states = ()
     for i in tl.static_range(4):
-        h = h * _exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
+        h = h * exp2(_pick(delta, i) * A2) + _pick(w, i) * _pick(b, i)
         states = states + (h,)  # noqa: RUF005  (kernels know no starred tuples)
     return states
 
@@ -218,7 +220,7 @@ def advance(h, delta, w, b, A2):
 def retreat(g, delta, dy, c, A2):
     """Adjoint that leaves four steps towards their start, ``g = a (g + dy C)``."""
     for i in tl.static_range(3, -1, -1):
-        g = (g + _pick(dy, i) * _pick(c, i)) * _exp2(_pick(delta, i) * A2)
+        g = (g + _pick(dy, i) * _pick(c, i)) * exp2(_pick(delta, i) * A2)
     return g
 
 
@@ -279,7 +281,7 @@ def gradients(
         dcs = (tl.sum(dy_i * states[i], axis=1),) + dcs  # noqa: RUF005
         dbs = (tl.sum(_pick(w, i) * g, axis=1),) + dbs  # noqa: RUF005
         by_input = (tl.sum(g * _pick(b, i), axis=2),) + by_input  # noqa: RUF005
-        g *= _exp2(step * A2)
+        g *= exp2(step * A2)
         q = g * (states[i - 1] if i > 0 else before)
         dA += q * step
         by_decay = (tl.sum(q * A2, axis=2),) + by_decay  # noqa: RUF005

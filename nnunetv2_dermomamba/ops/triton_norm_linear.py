@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnunetv2_dermomamba.ops.triton_common import ceil_div
+from nnunetv2_dermomamba.ops.triton_common import ceil_div, programs_at_once
 
 VALUES = 4096  # of a program, about: what its threads hold without spilling
 PROGRAMS = 4  # a processor, of the backward pass with small matrices
@@ -163,10 +163,7 @@ def norm_linear_backward(
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
     constants = _constants(channels, outputs, gate is not None)
-    programs = 2
-    if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        programs = processors * (PROGRAMS if constants["num_warps"] == 4 else 1)
+    programs = programs_at_once(x, PROGRAMS if constants["num_warps"] == 4 else 1)
     programs = min(programs, ceil_div(len(x), constants["P"]))
     parts = x.new_empty(programs, outputs + 2, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -1,11 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the fused four-direction scan of a map, channels last, with its dt, B and C projections.
+"""The Triton scan of a map in four directions, channels last, with its dt, B and C projections: three ways by width.
 
-No direction's copy, no B, C or dt tensor and no state but one a chunk reaches device memory: a program projects a block
-of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A direction and its reverse
-share a program; row-major and column-major write two maps, so that sums need no atomics and repeat bit for bit.
-The low-rank dt projection is folded outside, ``W_delta = dt_projs_weight @ x_proj_weight[:R]``: at the ranks in use
-(R = ceil(d / 32)) one dense product of d x d is as cheap as two thin ones padded to the tensor cores' size.
+Up to 16 channels the fused kernels of this file; up to 128 ``triton_scan_2d_rows``; more through the 1D scan.
+
+The fused kernels write no direction's copy, no B, C or dt tensor and no state but one a chunk to device memory: a
+program projects a block of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A
+direction and its reverse share a program; row-major and column-major write two maps, so that sums need no atomics and
+repeat bit for bit. A block's channels are one tile of the tensor cores: weights are loaded once a work item and their
+gradients stay in registers.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ from nnunetv2_dermomamba.ops.triton_common import (
     walk_output,
     walk_summary,
 )
+from nnunetv2_dermomamba.ops.triton_map import SMALL, dot, fold, load_map, load_turned, map_position, unfold
 from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_forward, states_shape_1d
+from nnunetv2_dermomamba.ops.triton_scan_2d_rows import rows_backward, rows_forward, rows_states_shape
 
-SMALL = 2**22
-"""Below this many positions a float32 quotient, rounded down, is exact."""
+NARROW = 16
+"""Channels up to which these kernels measured faster than those of ``triton_scan_2d_rows``: one tensor core's tile."""
 
 
 @triton.jit
@@ -50,12 +54,7 @@ def _positions(
     r = tl.arange(0, S * SUB)
     step = q * (S * T) + j * SUB + r // SUB * T + r % SUB
     path = tl.where(reverse > 0, padded - 1 - step, step)
-    if IS_SMALL:  # noqa: SIM108
-        across = ((path.to(tl.float32) + 0.5) * (1.0 / height)).to(tl.int32)
-    else:
-        across = path // height
-    transposed = (path - across * height) * width + across
-    return tl.where(column > 0, transposed, path), path < length
+    return map_position(path, height, width, column, IS_SMALL), path < length
 
 
 @triton.jit
@@ -66,64 +65,21 @@ def _cells(col, per_segment: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr):
 
 
 @triton.jit
-def _high(a, EXACT: tl.constexpr):
-    """The part of ``a`` that a tf32 product takes in whole."""
-    return a if EXACT else (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _dot(a, b, acc, A_EXACT: tl.constexpr = False, B_EXACT: tl.constexpr = False):
-    """``a b + acc`` to float32's precision from three tf32 products; ``tf32x3`` spends more on NaN than on products.
-
-    A factor that came in half precision is EXACT: tf32 holds it in whole, and one product less is the same result.
-    """
-    a_high = _high(a, A_EXACT)
-    b_high = _high(b, B_EXACT)
-    if not A_EXACT:
-        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
-    if not B_EXACT:
-        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
-    return tl.dot(a_high, b_high, acc, input_precision="tf32")
-
-
-@triton.jit
-def _load_map(ptr, position, valid, col, d: tl.constexpr):
-    mask = valid[:, None] & (col < d)[None, :]
-    return tl.load(ptr + position[:, None] * d + col[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_block(ptr, start, ROWS: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr):
-    """Columns ``start ... start + CB`` of the weights' first ``ROWS`` rows, turned: ``[CB, ROWS]``."""
-    return tl.load(ptr + tl.arange(0, ROWS)[None, :] * KD + (start + tl.arange(0, CB))[:, None])
-
-
-@triton.jit
 def _project(
-    x_ptr, weight_ptr, m_weight_ptr, first_block, first_m_block, bias_ptr, delta_row, w_row, m_row, position, valid,
-    d: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, KD: tl.constexpr, CB: tl.constexpr,
-    S: tl.constexpr, SUB: tl.constexpr
+    x_ptr, weight, m_weight, bias_ptr, delta_row, w_row, m_row, position, valid,
+    d: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, KD: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
-    """Rows of delta and w = delta x, and of the ``MP`` projections that ``m_weight_ptr`` holds, of one sub-block.
-
-    The weights' first blocks are the caller's: narrow maps have no other and load them once a work item.
-    """
+    """Rows of delta and w = delta x, and of the ``MP`` projections by ``m_weight``, of one sub-block."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    kb = tl.arange(0, CB)
     k = tl.arange(0, DP)
-    raw = tl.zeros([S * SUB, DP], tl.float32)
-    projected = tl.zeros([S * SUB, MP], tl.float32)
-    for start in range(0, KD, CB):
-        x = _load_map(x_ptr, position, valid, start + kb, d)
-        block = first_block if KD == CB else _load_block(weight_ptr, start, DP, KD, CB)
-        raw = _dot(x, block, raw, A_EXACT=EXACT)
-        m_block = first_m_block if KD == CB else _load_block(m_weight_ptr, start, MP, KD, CB)
-        projected = _dot(x, m_block, projected, A_EXACT=EXACT)
+    x = load_map(x_ptr, position, valid, tl.arange(0, KD), d)
+    raw = dot(x, weight, tl.zeros([S * SUB, DP], tl.float32), A_EXACT=EXACT)
+    projected = dot(x, m_weight, tl.zeros([S * SUB, MP], tl.float32), A_EXACT=EXACT)
     raw += tl.load(bias_ptr + k, mask=k < d, other=0.0)[None, :]
     delta = tl.where(valid[:, None] & (k < d)[None, :], softplus(raw), 0.0)
     cell = _cells(k, DP, S, SUB)
     tl.store(delta_row + cell, delta)
-    tl.store(w_row + cell, delta * _load_map(x_ptr, position, valid, k, d))
+    tl.store(w_row + cell, delta * load_map(x_ptr, position, valid, k, d))
     tl.store(m_row + _cells(tl.arange(0, MP), MP, S, SUB), projected)
 
 
@@ -136,7 +92,7 @@ def summary_2d_kernel(
     items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
-    KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
+    KD: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """Summary of every chunk of all four directions, stored where its successor (ADJOINT: predecessor) will read it."""
     P: tl.constexpr = S * SUB
@@ -150,24 +106,23 @@ def summary_2d_kernel(
         q = item // 4 % per_map
         batch = (item // 4 // per_map).to(tl.int64)
         weight = weight_ptr + direction * (KD + 2 * NP) * KD
-        m_weight = weight + (KD + NP if ADJOINT else KD) * KD
         A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
         state = tl.zeros_like(A2)
         total = channel * 0.0
-        first_block = _load_block(weight, 0, DP, KD, CB)
-        first_m_block = _load_block(m_weight, 0, NP, KD, CB)
+        delta_weight = load_turned(weight, 0, DP, KD, KD)
+        m_weight = load_turned(weight + (KD + NP if ADJOINT else KD) * KD, 0, NP, KD, KD)
         for step in range(T // SUB):
             j = T // SUB - 1 - step if ADJOINT else step
             position, valid = _positions(
                 q, j, length, padded, height, width, direction % 2, direction // 2, S, T, SUB, IS_SMALL
             )
             _project(
-                x_ptr + batch * length * d, weight, m_weight, first_block, first_m_block, bias_ptr + direction * d,
-                delta_row, v_row, m_row, position, valid, d, DP, NP, KD, CB, S, SUB
+                x_ptr + batch * length * d, delta_weight, m_weight, bias_ptr + direction * d,
+                delta_row, v_row, m_row, position, valid, d, DP, NP, KD, S, SUB
             )  # fmt: skip
             if ADJOINT:
                 tl.debug_barrier()
-                dy = _load_map(dy_ptr + batch * length * d, position, valid, col, d)
+                dy = load_map(dy_ptr + batch * length * d, position, valid, col, d)
                 tl.store(v_row + _cells(col, DP, S, SUB), dy)
             tl.debug_barrier()
             state, total = walk_summary(
@@ -187,7 +142,7 @@ def forward_2d_kernel(
     items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
-    KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
+    KD: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """A path and its reverse: ``y`` of the row-major paths, and of the column-major ones behind it."""
     P: tl.constexpr = S * SUB
@@ -212,13 +167,13 @@ def forward_2d_kernel(
             entry = ((batch * 4 + direction) * chunks + q * S + segment) * d + channel
             h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
             save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
-            first_block = _load_block(weight, 0, DP, KD, CB)
-            first_bc_block = _load_block(weight + KD * KD, 0, 2 * NP, KD, CB)
+            delta_weight = load_turned(weight, 0, DP, KD, KD)
+            bc_weight = load_turned(weight + KD * KD, 0, 2 * NP, KD, KD)
             for j in range(T // SUB):
                 position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
                 _project(
-                    x_map, weight, weight + KD * KD, first_block, first_bc_block, bias_ptr + direction * d,
-                    delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, CB, S, SUB
+                    x_map, delta_weight, bc_weight, bias_ptr + direction * d,
+                    delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, S, SUB
                 )  # fmt: skip
                 tl.debug_barrier()
                 h = walk_output(
@@ -227,7 +182,7 @@ def forward_2d_kernel(
                 )  # fmt: skip
                 tl.debug_barrier()
                 y = tl.load(w_row + _cells(col, DP, S, SUB))
-                y += skip[None, :] * _load_map(x_map, position, valid, col, d)
+                y += skip[None, :] * load_map(x_map, position, valid, col, d)
                 target = y_map + position[:, None] * d + col[None, :]
                 mask = valid[:, None] & (col < d)[None, :]
                 y += tl.load(target, mask=mask & (position * 0 + reverse > 0)[:, None], other=0.0)
@@ -242,25 +197,22 @@ def backward_2d_kernel(
     items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
-    KD: tl.constexpr, CB: tl.constexpr, IS_SMALL: tl.constexpr
+    KD: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
     """A path and its reverse: ``dx`` likewise, and the program's own partial sums of the parameters' gradients."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     P: tl.constexpr = S * SUB
-    PARTS: tl.constexpr = DP // R // 8 if DP // R > 8 else 1
     # Rows of a map's sub-block that one thread loads: their sum costs nothing, the rest waits for the item's end.
     OWN: tl.constexpr = SUB * R * NN // (4 * NP) if SUB * R * NN > 4 * NP else 1
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 2 * NP + PARTS * 2 * NP))
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 4 * NP))
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
     dbc_row = bc_row + P * 2 * NP
-    kb = tl.arange(0, CB)
     col = tl.arange(0, DP)
     m = tl.arange(0, 2 * NP)
     k = tl.arange(0, KD)
     cell = _cells(col, DP, S, SUB)
-    bc_cell = _cells(m, 2 * NP, S, SUB)
     segment, channel, n = walk_index(DP, NP, R, NN, S)
     saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -284,18 +236,18 @@ def backward_2d_kernel(
             dA = tl.zeros_like(A2)
             dbias = tl.zeros([P // OWN, DP], tl.float32)
             dD = tl.zeros([P // OWN, DP], tl.float32)
-            dw = tl.zeros([KD, CB], tl.float32)
-            dm = tl.zeros([2 * NP, CB], tl.float32)
-            first_block = _load_block(weight, 0, DP, KD, CB)
-            first_bc_block = _load_block(weight + KD * KD, 0, 2 * NP, KD, CB)
+            dw = tl.zeros([KD, KD], tl.float32)
+            dm = tl.zeros([2 * NP, KD], tl.float32)
+            delta_weight = load_turned(weight, 0, DP, KD, KD)
+            bc_weight = load_turned(weight + KD * KD, 0, 2 * NP, KD, KD)
             for back in range(T // SUB):
                 j = T // SUB - 1 - back
                 position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
                 _project(
-                    x_map, weight, weight + KD * KD, first_block, first_bc_block, bias_ptr + direction * d,
-                    delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, CB, S, SUB
+                    x_map, delta_weight, bc_weight, bias_ptr + direction * d,
+                    delta_row, w_row, bc_row, position, valid, d, DP, 2 * NP, KD, S, SUB
                 )  # fmt: skip
-                tl.store(dy_row + cell, _load_map(dy_map, position, valid, col, d))
+                tl.store(dy_row + cell, load_map(dy_map, position, valid, col, d))
                 tl.debug_barrier()
                 g, dA = walk_back(
                     delta_row, w_row, bc_row, dy_row, dbc_row, save + j * (SUB // HOLD) * (S * DP * NP), g, dA, A2,
@@ -307,50 +259,35 @@ def backward_2d_kernel(
                 delta = tl.load(delta_row + cell)
                 by_input = tl.load(w_row + cell)
                 by_decay = tl.load(dy_row + cell)
-                x = _load_map(x_map, position, valid, col, d)
-                dy = _load_map(dy_map, position, valid, col, d)
+                x = load_map(x_map, position, valid, col, d)
+                dy = load_map(dy_map, position, valid, col, d)
                 ddelta = tl.where(valid[:, None], (x * by_input + by_decay) * softplus_slope(delta), 0.0)
                 dbias += tl.sum(ddelta.reshape(OWN, P // OWN, DP), axis=0)
                 dD += tl.sum((dy * x).reshape(OWN, P // OWN, DP), axis=0)
                 tl.store(w_row + cell, ddelta)
                 tl.store(dy_row + cell, delta * by_input + skip[None, :] * dy)
-                dbc = tl.zeros([P, 2 * NP], tl.float32)
-                for i in tl.static_range(PARTS):
-                    dbc += tl.load(dbc_row + i * (2 * NP * S * 4) + _cells(m, PARTS * 2 * NP, S, SUB))
-                tl.store(bc_row + bc_cell, dbc)
                 tl.debug_barrier()
 
-                for start in range(0, KD, CB):
-                    c = start + kb
-                    acc = tl.load(dy_row + _cells(c, DP, S, SUB), mask=(c < DP)[None, :], other=0.0)
-                    for low in range(0, KD, CB):
-                        kk = low + kb
-                        block = tl.load(w_row + _cells(kk, DP, S, SUB), mask=(kk < DP)[None, :], other=0.0)
-                        acc = _dot(block, tl.load(weight + kk[:, None] * KD + c[None, :]), acc)
-                    acc = _dot(tl.load(bc_row + bc_cell), tl.load(weight + (KD + m)[:, None] * KD + c[None, :]), acc)
-                    dx_at = dx_map + position[:, None] * d + c[None, :]
-                    mask = valid[:, None] & (c < d)[None, :]
-                    acc += tl.load(dx_at, mask=mask & (position * 0 + reverse > 0)[:, None], other=0.0)
-                    tl.store(dx_at, acc, mask=mask)
+                inside = (k < DP)[None, :]
+                dx = tl.load(dy_row + _cells(k, DP, S, SUB), mask=inside, other=0.0)
+                ddelta = tl.load(w_row + _cells(k, DP, S, SUB), mask=inside, other=0.0)
+                dbc = tl.load(dbc_row + _cells(m, 2 * NP, S, SUB))
+                dx = dot(ddelta, tl.load(weight + k[:, None] * KD + k[None, :]), dx)
+                dx = dot(dbc, tl.load(weight + (KD + m)[:, None] * KD + k[None, :]), dx)
+                dx_at = dx_map + position[:, None] * d + k[None, :]
+                mask = valid[:, None] & (k < d)[None, :]
+                dx += tl.load(dx_at, mask=mask & (position * 0 + reverse > 0)[:, None], other=0.0)
+                tl.store(dx_at, dx, mask=mask)
 
-                    # Narrow maps keep the weights' gradients in registers, wide ones in the program's partial sums.
-                    x_block = _load_map(x_map, position, valid, c, d)
-                    dw_at = dweight + k[:, None] * KD + c[None, :]
-                    dm_at = dweight + (KD + m)[:, None] * KD + c[None, :]
-                    if KD != CB:
-                        dw, dm = tl.load(dw_at), tl.load(dm_at)
-                    turned = tl.load(w_row + turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
-                    dw = _dot(turned, x_block, dw, B_EXACT=EXACT)
-                    dm = _dot(tl.load(bc_row + turned_cells(m, 2 * NP, S, SUB)), x_block, dm, B_EXACT=EXACT)
-                    if KD != CB:
-                        tl.store(dw_at, dw)
-                        tl.store(dm_at, dm)
+                x = load_map(x_map, position, valid, k, d)
+                turned = tl.load(w_row + turned_cells(k, DP, S, SUB), mask=(k < DP)[:, None], other=0.0)
+                dw = dot(turned, x, dw, B_EXACT=EXACT)
+                dm = dot(tl.load(dbc_row + turned_cells(m, 2 * NP, S, SUB)), x, dm, B_EXACT=EXACT)
                 tl.debug_barrier()
-            if KD == CB:
-                dw_at = dweight + k[:, None] * KD + kb[None, :]
-                dm_at = dweight + (KD + m)[:, None] * KD + kb[None, :]
-                tl.store(dw_at, tl.load(dw_at) + dw)
-                tl.store(dm_at, tl.load(dm_at) + dm)
+            dw_at = dweight + k[:, None] * KD + k[None, :]
+            dm_at = dweight + (KD + m)[:, None] * KD + k[None, :]
+            tl.store(dw_at, tl.load(dw_at) + dw)
+            tl.store(dm_at, tl.load(dm_at) + dm)
             dA, head, state = sum_over_segments(dA, DP, NP, R, NN, S)
             dA_at = dA_ptr + (part * DP + head) * NP + state
             tl.store(dA_at, tl.load(dA_at) + dA)
@@ -364,20 +301,18 @@ class _Plan:
 
     def __init__(self, batch: int, height: int, width: int, channels: int, state: int) -> None:
         self.length = height * width
-        self.tile = tile_for(max(8, channels), max(16, state), self.length, widest=32)  # what a tl.dot wants
+        self.tile = tile_for(max(8, channels), max(16, state), self.length)  # what a tl.dot wants
         self.per_map = ceil_div(self.length, self.tile.span)
         self.chunks = chunk_count(self.length, self.tile)
         self.items = batch * self.per_map
         padded = self.per_map * self.tile.span
         self.sizes = (self.length, padded, height, width, self.per_map, self.chunks)
-        self.KD = max(16, self.tile.DP)
-        self.rows = self.KD + 2 * self.tile.NP
+        self.weights = (NARROW, self.tile.NP)  # columns and rows of B (and of C) of a direction's folded weights
         self.constants = {
             **self.tile.constants(),
             "d": channels,
             "N": state,
-            "KD": self.KD,
-            "CB": min(32, self.KD),
+            "KD": NARROW,
             "IS_SMALL": padded < SMALL,
         }
 
@@ -392,18 +327,10 @@ def states_shape_2d(x: Tensor, state: int) -> list[int]:
     batch, height, width, d = x.shape
     if d > MAX_BLOCK:
         return states_shape_1d(x.new_empty(batch, 4 * d, height * width), state, 4)
+    if d > NARROW:
+        return rows_states_shape(x, state)
     plan = _Plan(batch, height, width, d, state)
     return [batch, 4, plan.per_map, *plan.tile.saved_states]
-
-
-def _fold(plan: _Plan, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> Tensor:
-    """(4, KD + 2 NP, KD): rows of W_delta, B and C, zero-padded. Summed by elements: TF32 settings do not touch it."""
-    d, rank = dt_projs_weight.shape[1:]
-    weight = x_proj_weight.new_zeros(4, plan.rows, plan.KD)
-    weight[:, :d, :d] = (dt_projs_weight[..., None] * x_proj_weight[:, None, :rank]).sum(2)
-    weight[:, plan.KD : plan.KD + state, :d] = x_proj_weight[:, rank : rank + state]
-    weight[:, plan.KD + plan.tile.NP : plan.KD + plan.tile.NP + state, :d] = x_proj_weight[:, rank + state :]
-    return weight
 
 
 def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, A: Tensor, adjoint: bool) -> Tensor:
@@ -436,22 +363,10 @@ def scan_2d_forward(
     Returns:
         y (B, H, W, d) in float32, and the states saved for the backward pass (``states_shape_2d``).
     """
-    if x.shape[3] > MAX_BLOCK:
-        return _wide_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    plan = _plan(x, A)
-    tile = plan.tile
-    y = A.new_empty(2, *x.shape)
+    d = x.shape[3]
+    forward = _fused_forward if d <= NARROW else rows_forward if d <= MAX_BLOCK else _wide_forward
     with torch.cuda.device_of(x):
-        weight = _fold(plan, x_proj_weight, dt_projs_weight, A.shape[1])
-        starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
-        states = A.new_empty(states_shape_2d(x, A.shape[1]))
-        items = 2 * plan.items
-        scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
-        forward_2d_kernel[grid](
-            x, weight, dt_projs_bias, A, Ds, starts, states, y, scratch,
-            items, *plan.sizes, **plan.constants, **options
-        )  # fmt: skip
-    return y[0] + y[1], states
+        return forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
 
 
 def scan_2d_backward(
@@ -469,32 +384,57 @@ def scan_2d_backward(
     Returns:
         Gradients of x, x_proj_weight, dt_projs_weight, dt_projs_bias, A and Ds, all in float32.
     """
-    if x.shape[3] > MAX_BLOCK:
-        return _wide_backward(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states)
+    d = x.shape[3]
+    backward = _fused_backward if d <= NARROW else rows_backward if d <= MAX_BLOCK else _wide_backward
+    with torch.cuda.device_of(x):
+        return backward(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states)
+
+
+def _fused_forward(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> tuple[Tensor, Tensor]:
+    plan = _plan(x, A)
+    tile = plan.tile
+    y = A.new_empty(2, *x.shape)
+    weight = fold(x_proj_weight, dt_projs_weight, *plan.weights)
+    starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
+    states = A.new_empty(states_shape_2d(x, A.shape[1]))
+    items = 2 * plan.items
+    scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
+    forward_2d_kernel[grid](
+        x, weight, dt_projs_bias, A, Ds, starts, states, y, scratch,
+        items, *plan.sizes, **plan.constants, **options
+    )  # fmt: skip
+    return y[0] + y[1], states
+
+
+def _fused_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(x, A)
     tile, d, state = plan.tile, x.shape[3], A.shape[1]
-    rank = dt_projs_weight.shape[2]
     dx = A.new_empty(2, *x.shape)
-    with torch.cuda.device_of(x):
-        weight = _fold(plan, x_proj_weight, dt_projs_weight, state)
-        adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
-        items = 2 * plan.items
-        scratch, grid, options = launch(A, items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
-        widths = (plan.rows * plan.KD, tile.DP, tile.DP * tile.NP, tile.DP)
-        parts = [A.new_zeros(grid[0], 4, width) for width in widths]
-        backward_2d_kernel[grid](
-            dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
-            items, *plan.sizes, **plan.constants, **options
-        )  # fmt: skip
+    weight = fold(x_proj_weight, dt_projs_weight, *plan.weights)
+    adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
+    items = 2 * plan.items
+    scratch, grid, options = launch(A, items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
+    widths = (weight[0].numel(), tile.DP, tile.DP * tile.NP, tile.DP)
+    parts = [A.new_zeros(grid[0], 4, width) for width in widths]
+    backward_2d_kernel[grid](
+        dy, x, weight, dt_projs_bias, A, Ds, states, adjoints, dx, *parts, scratch,
+        items, *plan.sizes, **plan.constants, **options
+    )  # fmt: skip
     dweight, dbias, dA, dD = (part.sum(0) for part in parts)
-    dweight = dweight.unflatten(1, (plan.rows, plan.KD))[:, :, :d]
-    dfold = dweight[:, :d]
-    dB = dweight[:, plan.KD : plan.KD + state]
-    dC = dweight[:, plan.KD + tile.NP : plan.KD + tile.NP + state]
-    ddt = (dfold[:, :, None] * dt_projs_weight[..., None]).sum(1)
-    dlift = (dfold[:, :, None] * x_proj_weight[:, None, :rank]).sum(3)
+    dprojections = unfold(dweight.view_as(weight), x_proj_weight, dt_projs_weight, *plan.weights)
     dA = dA.unflatten(1, (tile.DP, tile.NP))[:, :d, :state].flatten(0, 1).contiguous()
-    return dx[0] + dx[1], torch.cat([ddt, dB, dC], dim=1), dlift, dbias[:, :d].contiguous(), dA, dD[:, :d].flatten()
+    return dx[0] + dx[1], *dprojections, dbias[:, :d].contiguous(), dA, dD[:, :d].flatten()
 
 
 def _wide_inputs(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, state: int) -> tuple[Tensor, ...]:

@@ -11,11 +11,12 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton")
 
-from nnunetv2_dermomamba.ops import triton_common, triton_scan  # noqa: E402
+from nnunetv2_dermomamba.ops import triton_common, triton_scan, triton_scan_2d, triton_scan_2d_rows  # noqa: E402
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed  # noqa: E402
 from nnunetv2_dermomamba.ops.naive import selective_scan_naive  # noqa: E402
 
 T, SUB = (triton_common.CHUNK, triton_common.SUB) if DEVICE.type == "cuda" else (16, 8)
+ROWS_T = triton_scan_2d_rows.SHORT_CHUNK if DEVICE.type == "cuda" else 8
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,7 @@ def small_chunks_and_poisoned_memory(monkeypatch):
     """Short chunks where steps are interpreted; whatever a kernel leaves unwritten is NaN."""
     monkeypatch.setattr(triton_common, "CHUNK", T)
     monkeypatch.setattr(triton_common, "SUB", SUB)
+    monkeypatch.setattr(triton_scan_2d_rows, "SHORT_CHUNK", ROWS_T)
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
@@ -151,23 +153,62 @@ def test_1d_half_precision_input_is_computed_in_float32():
 
 @pytest.mark.parametrize(
     ("height", "width", "d", "rank", "state"),
-    [(1, 1, 1, 1, 1), (1, 2 * T + 1, 3, 1, 4), (T + 3, 1, 2, 2, 3), (3, 4, 12, 1, 16), (1, 3, 33, 2, 2)],
+    [(1, 1, 1, 1, 1), (1, 2 * T + 1, 3, 1, 4), (T + 3, 1, 2, 2, 3), (3, 4, 12, 1, 16), (1, 3, 16, 2, 2)],
 )
-def test_2d_shapes(height, width, d, rank, state):
+def test_2d_shapes_fused(height, width, d, rank, state):
+    assert d <= triton_scan_2d.NARROW
     check_2d(maps(1, height, width, d, rank, state))
 
 
-def test_2d_batch_of_two():
+@pytest.mark.parametrize(
+    ("height", "width", "d", "rank", "state"),
+    [
+        (1, 1, 17, 1, 16),
+        (1, ROWS_T - 1, 33, 2, 2),
+        (ROWS_T + 1, 1, 20, 1, 5),
+        (1, ROWS_T, 32, 1, 16),  # nothing is padded, one chunk
+        (4, ROWS_T // 2, 32, 1, 32),  # nor here, and several; two warps
+        (2, ROWS_T, 64, 2, 16),
+        (3, 5, 100, 4, 1),
+        (1, ROWS_T + 1, 128, 4, 4),
+    ],
+)
+def test_2d_shapes_rows(height, width, d, rank, state):
+    assert triton_scan_2d.NARROW < d <= triton_common.MAX_BLOCK
+    check_2d(maps(1, height, width, d, rank, state))
+
+
+def test_2d_batch_of_two_fused():
     check_2d(maps(2, 3, 5, 4, 1, 4))
+
+
+@pytest.mark.parametrize(("d", "samples"), [(20, 1), (64, 2)])
+def test_2d_batch_of_three_in_slices_rows(monkeypatch, d, samples):
+    height, width, state = 2, 3, 4
+    rows_of_a_sample = height * width * 4 * (d + 2 * state) * 4
+    monkeypatch.setattr(triton_scan_2d_rows, "SLICE_BYTES", samples * rows_of_a_sample)
+    plan = triton_scan_2d_rows._Plan(3, height, width, d, state)
+    assert [s.stop - s.start for s in plan.slices] == ([1, 1, 1] if samples == 1 else [2, 1])
+    check_2d(maps(3, height, width, d, 1, state))
+
+
+@pytest.mark.parametrize("d", [4, 20])
+def test_2d_positions_too_many_for_float_quotients(monkeypatch, d):
+    """With 64-bit offsets and divisions of integers, as a map of millions of positions has them."""
+    monkeypatch.setattr(triton_scan_2d, "SMALL", 0)
+    monkeypatch.setattr(triton_scan_2d_rows, "SMALL", 0)
+    check_2d(maps(1, 3, 5, d, 1, 2))
 
 
 def test_2d_more_channels_than_a_program_holds():
     check_2d(maps(1, 2, 3, triton_common.MAX_BLOCK + 1, 2, 2))
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_2d_half_precision_input_is_computed_in_float32(half):
-    inputs = maps(1, 3, 12, 8, 1, 16)
+@pytest.mark.parametrize(
+    ("half", "d"), [(torch.float16, 8), (torch.bfloat16, 8), (torch.float16, 20), (torch.bfloat16, 64)]
+)
+def test_2d_half_precision_input_is_computed_in_float32(half, d):
+    inputs = maps(1, 2, 3, d, 1, 16 if d < 64 else 4)
     rounded = {**inputs, "x": inputs["x"].to(half).float()}
     inputs["x"] = inputs["x"].to(half)
     y, states = triton_scan.scan_2d_forward(*inputs.values())
@@ -180,16 +221,26 @@ def test_2d_half_precision_input_is_computed_in_float32(half):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_2d_extreme_decays():
-    inputs = maps(1, 2, T, 4, 1, 4)
+@pytest.mark.parametrize(("width", "d"), [(T, 4), (ROWS_T, 24)])
+def test_2d_extreme_decays_and_steps(width, d):
+    inputs = maps(1, 2, width, d, 1, 4)
     inputs["A"][::3] = -1e3
     inputs["dt_projs_bias"][0] = 50.0
     inputs["dt_projs_bias"][1] = -50.0
     check_2d(inputs)
 
 
-def test_2d_repeats_bit_for_bit():
-    inputs = maps(1, 2, 3, 4, 1, 4)
+@pytest.mark.parametrize("d", [4, 20])
+def test_2d_zero_input_gives_finite_gradients(d):
+    inputs = {k: torch.zeros_like(v) for k, v in maps(1, 2, 3, d, 1, 4).items()}
+    y, states = triton_scan.scan_2d_forward(*inputs.values())
+    gradients = triton_scan.scan_2d_backward(torch.ones_like(y), *inputs.values(), states)
+    assert all(torch.isfinite(m).all() for m in (y, *gradients))
+
+
+@pytest.mark.parametrize("d", [4, 48])
+def test_2d_repeats_bit_for_bit(d):
+    inputs = maps(1, 2, 3, d, 1, 4)
     first, second = (triton_scan.scan_2d_forward(*inputs.values()) for _ in range(2))
     dy = torch.ones_like(first[0])
     pairs = (triton_scan.scan_2d_backward(dy, *inputs.values(), m[1]) for m in (first, second))
@@ -197,9 +248,18 @@ def test_2d_repeats_bit_for_bit():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="TF32 needs CUDA")
+@pytest.mark.parametrize("d", [8, 32, 128])
+def test_2d_is_precise_where_tf32_is_allowed(monkeypatch, d):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    check_2d(maps(2, 9, 17, d, 4, 16))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need CUDA")
-def test_2d_in_a_cuda_graph():
-    inputs = maps(2, 9, 17, 8, 1, 16)
+@pytest.mark.parametrize("d", [8, 64])
+def test_2d_in_a_cuda_graph(d):
+    inputs = maps(2, 9, 17, d, 1, 16)
     expected, states = triton_scan.scan_2d_forward(*inputs.values())
     triton_scan.scan_2d_backward(expected, *inputs.values(), states)
     torch.cuda.synchronize()
