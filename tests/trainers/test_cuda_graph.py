@@ -143,17 +143,21 @@ def test_other_threads_may_pin_memory_during_the_capture() -> None:
     assert pinned == [True] * (WARM_UP + 1)
 
 
-def test_compiled_gradients_under_autocast_are_the_eager_ones() -> None:
+def test_compiled_gradients_under_autocast_are_as_near_to_float32_as_eager_ones() -> None:
+    """Float16 moves this network's gradients by a fifth, as a change of its input by 1e-3 does in float32."""
     torch.manual_seed(0)
     network, (data, target) = DermoMamba(3, 2, (64, 64)).cuda(), batch(3)
-    gradients = []
-    for call in (network, torch.compile(network)):
+
+    def gradient(call: Callable[[Tensor], Tensor], autocast: bool) -> Tensor:
         network.zero_grad()
-        with torch.autocast("cuda"):
+        with torch.autocast("cuda", enabled=autocast):
             loss = GuideFusionLoss(batch_dice=True)(call(data), target)
         (1024 * loss).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
-    eager, compiled = gradients
-    assert torch.isfinite(eager).all()
+        return torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+
+    exact = gradient(network, autocast=False)
+    eager = gradient(network, autocast=True)
+    compiled = gradient(torch.compile(network), autocast=True)
     assert torch.isfinite(compiled).all()
-    assert (compiled - eager).norm() < 0.1 * eager.norm()  # of float16; NaN passes nothing
+    assert (eager - exact).norm() < 0.4 * exact.norm()
+    assert (compiled - exact).norm() < 1.5 * (eager - exact).norm()
