@@ -138,7 +138,7 @@ def draw_overlays(images: Path, truth: Path, predictions: Path, scores: dict[str
     """One sheet: every held-out image with the true contour (green) and the predicted one (magenta)."""
     columns = 4
     rows = -(-len(scores) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, (case, score) in zip(axes.flat, scores.items(), strict=False):
@@ -147,7 +147,6 @@ def draw_overlays(images: Path, truth: Path, predictions: Path, scores: dict[str
             axis.contour(np.asarray(Image.open(folder / f"{case}.png")) > 0, [0.5], colors=colour, linewidths=1.5)
         axis.set_title(f"{case}  Dice {score:.3f}", fontsize=9)
     figure.suptitle("green: true contour, magenta: DermoMamba", fontsize=10)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 
