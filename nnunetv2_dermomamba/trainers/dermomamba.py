@@ -59,9 +59,11 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
         return DermoMamba(num_input_channels, num_output_channels, configuration_manager.patch_size)
 
     def initialize(self) -> None:
-        """As nnU-Net; says in the log which backend computes the selective scan."""
+        """As nnU-Net; says in the log which backend computes the selective scan, and that the first steps take long."""
         super().initialize()
         self.print_to_log_file(describe_choice(self.device.type))
+        if self.device.type == "cuda":
+            self.print_to_log_file("The first steps compile for the GPU, at the very first start for minutes.")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Nothing to switch."""
