@@ -231,16 +231,16 @@ def sum_of_steps(delta):
 
 
 @triton.jit
-def _sum_over_lanes(x, OUTER: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr):
-    """``[LANES, X, 4]`` summed over the middle factor of ``LANES = OUTER W INNER``; every lane gets its sum.
+def sum_over_lanes(x, OUTER: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr):
+    """``[LANES, X, Y]`` summed over the middle factor of ``LANES = OUTER W INNER``; every lane gets its sum.
 
     In the walk's own layout, so it is shuffles alone: any other one would cost a trip through shared memory.
     """
     if W == 1:
         return x
-    shape: tl.constexpr = [OUTER, W, INNER, x.shape[1], 4]
+    shape: tl.constexpr = [OUTER, W, INNER, x.shape[1], x.shape[2]]
     total = tl.sum(tl.reshape(x, shape), axis=1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, shape), [OUTER * W * INNER, x.shape[1], 4])
+    return tl.reshape(tl.broadcast_to(total, shape), x.shape)
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def outputs(states, c, GROUPS: tl.constexpr, NL: tl.constexpr):
     ys = ()
     for i in tl.static_range(4):
         ys = ys + (tl.sum(states[i] * _pick(c, i), axis=2),)  # noqa: RUF005
-    return _sum_over_lanes(_pack(ys[0], ys[1], ys[2], ys[3]), GROUPS, NL, 1)
+    return sum_over_lanes(_pack(ys[0], ys[1], ys[2], ys[3]), GROUPS, NL, 1)
 
 
 @triton.jit
@@ -285,10 +285,10 @@ def gradients(
         q = g * (states[i - 1] if i > 0 else before)
         dA += q * step
         by_decay = (tl.sum(q * A2, axis=2),) + by_decay  # noqa: RUF005
-    by_input = _sum_over_lanes(_pack(by_input[0], by_input[1], by_input[2], by_input[3]), S * G, NL, 1)
-    by_decay = _sum_over_lanes(_pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]), S * G, NL, 1)
-    db = _sum_over_lanes(_pack(dbs[0], dbs[1], dbs[2], dbs[3]), PARTS, E, NL)
-    dc = _sum_over_lanes(_pack(dcs[0], dcs[1], dcs[2], dcs[3]), PARTS, E, NL)
+    by_input = sum_over_lanes(_pack(by_input[0], by_input[1], by_input[2], by_input[3]), S * G, NL, 1)
+    by_decay = sum_over_lanes(_pack(by_decay[0], by_decay[1], by_decay[2], by_decay[3]), S * G, NL, 1)
+    db = sum_over_lanes(_pack(dbs[0], dbs[1], dbs[2], dbs[3]), PARTS, E, NL)
+    dc = sum_over_lanes(_pack(dcs[0], dcs[1], dcs[2], dcs[3]), PARTS, E, NL)
     return g, dA, by_input, by_decay * LN2, db, dc
 
 

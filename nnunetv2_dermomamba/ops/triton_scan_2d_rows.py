@@ -32,6 +32,7 @@ from nnunetv2_dermomamba.ops.triton_common import (
     programs_at_once,
     softplus,
     softplus_slope,
+    sum_over_lanes,
 )
 from nnunetv2_dermomamba.ops.triton_map import SMALL, dot, fold, load_map, load_turned, map_position, unfold
 
@@ -57,15 +58,6 @@ def _saved(DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr
     LANES: tl.constexpr = DP // R * (NP // NN)
     lane = tl.arange(0, LANES)[:, None, None]
     return lane * NN + tl.arange(0, R)[None, :, None] * (LANES * NN) + tl.arange(0, NN)[None, None, :]
-
-
-@triton.jit
-def _lane_sum(x, OUTER: tl.constexpr, SUMMED: tl.constexpr, INNER: tl.constexpr, X: tl.constexpr):
-    """``[LANES, X]`` summed over the middle factor of ``LANES = OUTER SUMMED INNER``; every lane has its sum."""
-    if SUMMED == 1:
-        return x
-    total = tl.sum(tl.reshape(x, [OUTER, SUMMED, INNER, X]), axis=1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, [OUTER, SUMMED, INNER, X]), [OUTER * SUMMED * INNER, X])
 
 
 @triton.jit
@@ -157,11 +149,11 @@ def forward_kernel(
             b = _load(row + d + n, valid & (n < N), EXACT)
             c = _load(row + (d + N) + n, valid & (n < N), EXACT)
             h = h * exp2(delta * A2) + (delta * x) * b
-            y = _lane_sum(tl.sum(h * c, axis=2), DP // R, NL, 1, R)
+            y = sum_over_lanes(tl.sum(h * c, axis=2)[:, :, None], DP // R, NL, 1)
             keep = lane % NL == 0
             if not EXACT:
                 keep = keep & valid & (channel < d)
-            tl.store(y_map + p * (4 * d), y[:, :, None], mask=keep)
+            tl.store(y_map + p * (4 * d), y, mask=keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -223,22 +215,22 @@ def backward_kernel(
                 b = _load(row + d + n, valid & (n < N), EXACT)
                 c = _load(row + (d + N) + n, valid & (n < N), EXACT)
                 g += dy * c
-                dc = _lane_sum(tl.sum(dy * states[i + 1], axis=1), PARTS, E, NL, NN)
-                db = _lane_sum(tl.sum((delta * x) * g, axis=1), PARTS, E, NL, NN)
-                by_input = _lane_sum(tl.sum(g * b, axis=2), G, NL, 1, R)
+                dc = sum_over_lanes(tl.sum(dy * states[i + 1], axis=1)[:, None, :], PARTS, E, NL)
+                db = sum_over_lanes(tl.sum((delta * x) * g, axis=1)[:, None, :], PARTS, E, NL)
+                by_input = sum_over_lanes(tl.sum(g * b, axis=2)[:, :, None], G, NL, 1)
                 g *= exp2(delta * A2)
                 r = g * states[i]
                 dA += r * delta
-                by_decay = _lane_sum(tl.sum(r * A2, axis=2), G, NL, 1, R)
+                by_decay = sum_over_lanes(tl.sum(r * A2, axis=2)[:, :, None], G, NL, 1)
                 keep = lane % NL == 0
                 m_keep = lane // NL % E == 0
                 if not EXACT:
                     keep = keep & valid & (channel < d)
                     m_keep = m_keep & valid & (n < N)
-                tl.store(by_input_ptr + out + p * (4 * d), by_input[:, :, None], mask=keep)
-                tl.store(by_decay_ptr + out + p * (4 * d), by_decay[:, :, None] * LN2, mask=keep)
-                tl.store(dbc_map + p * DROW, db[:, None, :], mask=m_keep)
-                tl.store(dbc_map + p * DROW + N, dc[:, None, :], mask=m_keep)
+                tl.store(by_input_ptr + out + p * (4 * d), by_input, mask=keep)
+                tl.store(by_decay_ptr + out + p * (4 * d), by_decay * LN2, mask=keep)
+                tl.store(dbc_map + p * DROW, db, mask=m_keep)
+                tl.store(dbc_map + p * DROW + N, dc, mask=m_keep)
     tl.store(dA_ptr + item * (DP * NP) + saved, dA)
 
 
