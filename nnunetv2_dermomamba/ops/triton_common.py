@@ -330,19 +330,38 @@ def walk_summary(
 
 
 @triton.jit
+def walk_states(
+    delta_ptr, w_ptr, b_ptr, saved_ptr, h, A2, segment, channel, n, saved,
+    DP: tl.constexpr, NP: tl.constexpr, S: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr
+):  # fmt: skip
+    """Carry the states over ``SUB`` positions, and save those before every ``HOLD``."""
+    row = _rows(segment, channel, S)
+    b_row = _rows(segment, n, S)
+    for k in range(SUB // 4):
+        at = k * 4
+        if at % HOLD == 0:
+            tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
+        delta = tl.load(delta_ptr + row + at * (S * DP))
+        w = tl.load(w_ptr + row + at * (S * DP))
+        b = tl.load(b_ptr + b_row + at * (S * NP))
+        h = advance(h, delta, w, b, A2)[3]
+    return h
+
+
+@triton.jit
 def walk_output(
     delta_ptr, w_ptr, bc_ptr, saved_ptr, h, A2, segment, channel, n, saved,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
-    SUB: tl.constexpr, HOLD: tl.constexpr
+    SUB: tl.constexpr, HOLD: tl.constexpr, SAVE: tl.constexpr
 ):  # fmt: skip
-    """``y = <C, h>`` of every position, written over w; saves the states before every ``HOLD`` positions."""
+    """``y = <C, h>`` of every position, written over w; SAVE: saves the states before every ``HOLD`` positions."""
     row = _rows(segment, channel, S)
     bc_row = _rows(segment, n, S)
     y_row = (channel * S + segment) * 4 + tl.arange(0, 4)[None, None, :]
     first = tl.arange(0, row.shape[0])[:, None, None] % (NP // NN) == 0  # of the lanes that share a channel
     for k in range(SUB // 4):
         at = k * 4
-        if at % HOLD == 0:
+        if SAVE and at % HOLD == 0:
             tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
         delta = tl.load(delta_ptr + row + at * (S * DP))
         w = tl.load(w_ptr + row + at * (S * DP))

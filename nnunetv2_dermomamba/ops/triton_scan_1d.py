@@ -179,7 +179,7 @@ def forward_kernel(
             tl.debug_barrier()
             h = walk_output(
                 delta_row, w_row, bc_row, save + j * (SUB // HOLD) * (S * DP * NP), h, A2, segment, channel, n,
-                saved, DP, NP, R, NN, S, SUB, HOLD
+                saved, DP, NP, R, NN, S, SUB, HOLD, True
             )  # fmt: skip
             tl.debug_barrier()
             y = tl.load(w_row + turned_cells(k, DP, S, SUB))

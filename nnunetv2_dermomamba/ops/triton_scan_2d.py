@@ -4,13 +4,15 @@
 Up to 16 channels the fused kernels of this file; up to 128 ``triton_scan_2d_rows``; more through the 1D scan.
 
 The fused kernels write no direction's copy, no B, C or dt tensor and no state but one a chunk to device memory: a
-program projects a block of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. A
-direction and its reverse share a program; row-major and column-major write two maps, so that sums need no atomics and
+program projects a block of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. The
+backward pass walks a chunk forward again, and keeps that chunk's states in the scratch. A direction and its reverse share a program; row-major and column-major write two maps, so that sums need no atomics and
 repeat bit for bit. A block's channels are one tile of the tensor cores: weights are loaded once a work item and their
 gradients stay in registers.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -35,11 +37,12 @@ from nnunetv2_dermomamba.ops.triton_common import (
     walk_back,
     walk_index,
     walk_output,
+    walk_states,
     walk_summary,
 )
 from nnunetv2_dermomamba.ops.triton_map import SMALL, dot, fold, load_map, load_turned, map_position, unfold
 from nnunetv2_dermomamba.ops.triton_scan_1d import scan_1d_backward, scan_1d_forward, states_shape_1d
-from nnunetv2_dermomamba.ops.triton_scan_2d_rows import rows_backward, rows_forward, rows_states_shape
+from nnunetv2_dermomamba.ops.triton_scan_2d_rows import rows_backward, rows_chunks, rows_forward
 
 NARROW = 16
 """Channels up to which these kernels measured faster than those of ``triton_scan_2d_rows``: one tensor core's tile."""
@@ -138,7 +141,7 @@ def summary_2d_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_2d_kernel(
-    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, saved_ptr, y_ptr, scratch_ptr,
+    x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, y_ptr, scratch_ptr,
     items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
@@ -151,7 +154,6 @@ def forward_2d_kernel(
     bc_row = w_row + P * DP
     col = tl.arange(0, DP)
     segment, channel, n = walk_index(DP, NP, R, NN, S)
-    saved = saved_index(DP, NP, R, NN, S)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         batch = (item // 2 // per_map).to(tl.int64)
         column = item % 2
@@ -166,7 +168,6 @@ def forward_2d_kernel(
             skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
             entry = ((batch * 4 + direction) * chunks + q * S + segment) * d + channel
             h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
-            save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
             delta_weight = load_turned(weight, 0, DP, KD, KD)
             bc_weight = load_turned(weight + KD * KD, 0, 2 * NP, KD, KD)
             for j in range(T // SUB):
@@ -177,9 +178,8 @@ def forward_2d_kernel(
                 )  # fmt: skip
                 tl.debug_barrier()
                 h = walk_output(
-                    delta_row, w_row, bc_row, save + j * (SUB // HOLD) * (S * DP * NP), h, A2, segment, channel, n,
-                    saved, DP, NP, R, NN, S, SUB, HOLD
-                )  # fmt: skip
+                    delta_row, w_row, bc_row, None, h, A2, segment, channel, n, None, DP, NP, R, NN, S, SUB, HOLD, False
+                )
                 tl.debug_barrier()
                 y = tl.load(w_row + _cells(col, DP, S, SUB))
                 y += skip[None, :] * load_map(x_map, position, valid, col, d)
@@ -192,23 +192,28 @@ def forward_2d_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_2d_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, saved_ptr, adjoint_ptr,
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, adjoint_ptr,
     dx_ptr, dweight_ptr, dbias_ptr, dA_ptr, dD_ptr, scratch_ptr,
     items, length, padded, height, width, per_map, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, SUB: tl.constexpr, HOLD: tl.constexpr,
     KD: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
-    """A path and its reverse: ``dx`` likewise, and the program's own partial sums of the parameters' gradients."""
+    """A path and its reverse: ``dx`` likewise, and the program's own partial sums of the parameters' gradients.
+
+    A chunk is walked forward first, which leaves its states in the scratch.
+    """
     EXACT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     P: tl.constexpr = S * SUB
     # Rows of a map's sub-block that one thread loads: their sum costs nothing, the rest waits for the item's end.
     OWN: tl.constexpr = SUB * R * NN // (4 * NP) if SUB * R * NN > 4 * NP else 1
-    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 4 * NP))
+    STATES: tl.constexpr = S * DP * NP
+    delta_row = scratch_ptr + tl.program_id(0).to(tl.int64) * (P * (3 * DP + 4 * NP) + T // HOLD * STATES)
     w_row = delta_row + P * DP
     dy_row = w_row + P * DP
     bc_row = dy_row + P * DP
     dbc_row = bc_row + P * 2 * NP
+    save = dbc_row + P * 2 * NP
     col = tl.arange(0, DP)
     m = tl.arange(0, 2 * NP)
     k = tl.arange(0, KD)
@@ -231,14 +236,27 @@ def backward_2d_kernel(
             A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
             skip = tl.load(D_ptr + direction * d + col, mask=col < d, other=0.0)
             entry = ((batch * 4 + direction) * chunks + q * S + segment) * d + channel
+            h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
             g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
-            save = saved_ptr + ((batch * 4 + direction) * per_map + q) * (T // HOLD) * (S * DP * NP)
             dA = tl.zeros_like(A2)
             dbias = tl.zeros([P // OWN, DP], tl.float32)
             dD = tl.zeros([P // OWN, DP], tl.float32)
             dw = tl.zeros([KD, KD], tl.float32)
             dm = tl.zeros([2 * NP, KD], tl.float32)
             delta_weight = load_turned(weight, 0, DP, KD, KD)
+            b_weight = load_turned(weight + KD * KD, 0, NP, KD, KD)
+            for j in range(T // SUB):
+                position, valid = _positions(q, j, length, padded, height, width, column, reverse, S, T, SUB, IS_SMALL)
+                _project(
+                    x_map, delta_weight, b_weight, bias_ptr + direction * d,
+                    delta_row, w_row, bc_row, position, valid, d, DP, NP, KD, S, SUB
+                )  # fmt: skip
+                tl.debug_barrier()
+                h = walk_states(
+                    delta_row, w_row, bc_row, save + j * (SUB // HOLD) * STATES, h, A2, segment, channel, n, saved,
+                    DP, NP, S, SUB, HOLD
+                )  # fmt: skip
+                tl.debug_barrier()
             bc_weight = load_turned(weight + KD * KD, 0, 2 * NP, KD, KD)
             for back in range(T // SUB):
                 j = T // SUB - 1 - back
@@ -250,7 +268,7 @@ def backward_2d_kernel(
                 tl.store(dy_row + cell, load_map(dy_map, position, valid, col, d))
                 tl.debug_barrier()
                 g, dA = walk_back(
-                    delta_row, w_row, bc_row, dy_row, dbc_row, save + j * (SUB // HOLD) * (S * DP * NP), g, dA, A2,
+                    delta_row, w_row, bc_row, dy_row, dbc_row, save + j * (SUB // HOLD) * STATES, g, dA, A2,
                     segment, channel, n, saved, DP, NP, R, NN, S, SUB, HOLD, False
                 )  # fmt: skip
                 tl.debug_barrier()
@@ -323,14 +341,12 @@ def _plan(x: Tensor, A: Tensor) -> _Plan:
 
 
 def states_shape_2d(x: Tensor, state: int) -> list[int]:
-    """Shape of ``states``: (batch, 4, work items of a map, points in time, states); the 1D scan's for wide maps."""
+    """Shape of ``states``: (batch, 4, chunks, d, state), what enters each chunk; the 1D scan's for wide maps."""
     batch, height, width, d = x.shape
     if d > MAX_BLOCK:
         return states_shape_1d(x.new_empty(batch, 4 * d, height * width), state, 4)
-    if d > NARROW:
-        return rows_states_shape(x, state)
-    plan = _Plan(batch, height, width, d, state)
-    return [batch, 4, plan.per_map, *plan.tile.saved_states]
+    chunks = rows_chunks(x, state) if d > NARROW else _Plan(batch, height, width, d, state).chunks
+    return [batch, 4, chunks, d, state]
 
 
 def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, A: Tensor, adjoint: bool) -> Tensor:
@@ -361,7 +377,7 @@ def scan_2d_forward(
         Ds: (4 d,).
 
     Returns:
-        y (B, H, W, d) in float32, and the states saved for the backward pass (``states_shape_2d``).
+        y (B, H, W, d) in float32, and the states that the backward pass starts from (``states_shape_2d``).
     """
     d = x.shape[3]
     forward = _fused_forward if d <= NARROW else rows_forward if d <= MAX_BLOCK else _wide_forward
@@ -397,14 +413,12 @@ def _fused_forward(
     tile = plan.tile
     y = A.new_empty(2, *x.shape)
     weight = fold(x_proj_weight, dt_projs_weight, *plan.weights)
-    starts = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
-    states = A.new_empty(states_shape_2d(x, A.shape[1]))
+    states = _summaries(plan, x, x, weight, dt_projs_bias, A, False)
     items = 2 * plan.items
     scratch, grid, options = launch(A, items, tile, tile.forward_scratch, tile.forward_registers)
     forward_2d_kernel[grid](
-        x, weight, dt_projs_bias, A, Ds, starts, states, y, scratch,
-        items, *plan.sizes, **plan.constants, **options
-    )  # fmt: skip
+        x, weight, dt_projs_bias, A, Ds, states, y, scratch, items, *plan.sizes, **plan.constants, **options
+    )
     return y[0] + y[1], states
 
 
@@ -424,7 +438,8 @@ def _fused_backward(
     weight = fold(x_proj_weight, dt_projs_weight, *plan.weights)
     adjoints = _summaries(plan, x, dy, weight, dt_projs_bias, A, True)
     items = 2 * plan.items
-    scratch, grid, options = launch(A, items, tile, tile.backward_scratch, BACKWARD_REGISTERS)
+    floats = tile.backward_scratch + math.prod(tile.saved_states)
+    scratch, grid, options = launch(A, items, tile, floats, BACKWARD_REGISTERS)
     widths = (weight[0].numel(), tile.DP, tile.DP * tile.NP, tile.DP)
     parts = [A.new_zeros(grid[0], 4, width) for width in widths]
     backward_2d_kernel[grid](

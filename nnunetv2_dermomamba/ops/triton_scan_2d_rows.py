@@ -15,6 +15,8 @@ the weights' gradients and of dx. All sums have a fixed order and no kernel uses
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +41,8 @@ from nnunetv2_dermomamba.ops.triton_map import SMALL, dot, fold, load_map, load_
 SLICE_BYTES = 2**28
 """Of the rows in memory at once. At 8 channels a quarter measured 1.5 times slower, four times as much 5 % faster."""
 SHORT_CHUNK = 32  # T of maps of up to 4096 positions
-SUB = 8  # positions between two saved states; a multiple of 4
+SUB = 8  # steps that a walk's loop holds
+HOLD = 4  # positions between two saved states; divides SUB
 COLUMNS = 32  # of a factor that a product's program holds at once
 UNSPECIALIZED = ["length", "padded", "height", "width", "chunks", "positions"]
 
@@ -77,9 +80,8 @@ def _load(ptr, keep, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _unpack(chunks):
-    """Sample, direction and chunk of a program."""
-    item = tl.program_id(0)
+def _unpack(item, chunks):
+    """Sample, direction and chunk of a work item."""
     return (item // 4 // chunks).to(tl.int64), item % 4, item // 4 % chunks
 
 
@@ -93,7 +95,7 @@ def summary_kernel(
     """Summary of every chunk, stored where its successor (ADJOINT: predecessor) will read it; ``v`` is x or dy."""
     ROW: tl.constexpr = d + 2 * N
     channel, n = _lanes(DP, NP, R, NN)
-    batch, direction, q = _unpack(chunks)
+    batch, direction, q = _unpack(tl.program_id(0), chunks)
     rows = rows_ptr + batch * length * (4 * ROW) + direction * ROW
     v_map = v_ptr + batch * length * d + channel
     A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
@@ -121,26 +123,25 @@ def summary_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
-    rows_ptr, x_ptr, A_ptr, start_ptr, saved_ptr, y_ptr,
+    rows_ptr, x_ptr, A_ptr, start_ptr, y_ptr,
     length, padded, height, width, chunks, d: tl.constexpr, N: tl.constexpr,
     DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
     EXACT: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
-    """``<C, h>`` of a chunk as ``[positions, 4, d]``; saves the states before every ``SUB`` positions."""
+    """``<C, h>`` of a chunk as ``[positions, 4, d]``."""
     ROW: tl.constexpr = d + 2 * N
     NL: tl.constexpr = NP // NN
     channel, n = _lanes(DP, NP, R, NN)
     lane = tl.arange(0, DP // R * NL)[:, None, None]
-    batch, direction, q = _unpack(chunks)
+    item = tl.program_id(0)
+    batch, direction, q = _unpack(item, chunks)
     rows = rows_ptr + batch * length * (4 * ROW) + direction * ROW
     x_map = x_ptr + batch * length * d + channel
     y_map = y_ptr + batch * length * (4 * d) + direction * d + channel
     A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-    item = (batch * 4 + direction) * chunks + q
-    h = tl.load(start_ptr + (item * d + channel) * N + n, mask=(channel < d) & (n < N), other=0.0)
-    save = saved_ptr + item * (T // SUB * DP * NP) + _saved(DP, NP, R, NN)
+    entry = ((batch * 4 + direction) * chunks + q) * d + channel
+    h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
     for j in range(T // SUB):
-        tl.store(save + j * (DP * NP), h)
         for i in tl.static_range(SUB):
             p, valid = _position(q * T + j * SUB + i, length, padded, height, width, direction, IS_SMALL)
             row = rows + p * (4 * ROW)
@@ -156,18 +157,32 @@ def forward_kernel(
             tl.store(y_map + p * (4 * d), y, mask=keep)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(
-    rows_ptr, x_ptr, dy_ptr, A_ptr, adjoint_ptr, saved_ptr, by_input_ptr, by_decay_ptr, dbc_ptr, dA_ptr,
-    length, padded, height, width, chunks, d: tl.constexpr, N: tl.constexpr,
-    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
-    EXACT: tl.constexpr, IS_SMALL: tl.constexpr
+@triton.jit
+def _advance(
+    h, rows, x_map, A2, channel, n, step, length, padded, height, width, direction,
+    d: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr, IS_SMALL: tl.constexpr
 ):  # fmt: skip
-    """Gradients of a chunk's every position, from the saved states and the adjoint that enters at its end.
+    """State after a step."""
+    p, valid = _position(step, length, padded, height, width, direction, IS_SMALL)
+    row = rows + p * (4 * (d + 2 * N))
+    delta = _load(row + channel, valid & (channel < d), EXACT)
+    x = _load(x_map + p * d, valid & (channel < d), EXACT)
+    b = _load(row + d + n, valid & (n < N), EXACT)
+    return h * exp2(delta * A2) + (delta * x) * b
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "items"])
+def backward_kernel(
+    rows_ptr, x_ptr, dy_ptr, A_ptr, start_ptr, adjoint_ptr, scratch_ptr, by_input_ptr, by_decay_ptr, dbc_ptr, dA_ptr,
+    items, length, padded, height, width, chunks, d: tl.constexpr, N: tl.constexpr,
+    DP: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, NN: tl.constexpr, T: tl.constexpr, SUB: tl.constexpr,
+    HOLD: tl.constexpr, EXACT: tl.constexpr, IS_SMALL: tl.constexpr
+):  # fmt: skip
+    """Gradients of chunks' every position, from the states and the adjoints that enter at their two ends.
 
     With respect to w = delta x and, the decays' part only, to delta, ``[positions, 4, d]``; of B and C over B and C or,
     where several warps share a position, a partial sum of each for every one ``[positions, 4, PARTS, 2 N]``; of A,
-    the chunk's, in the saved states' order.
+    the chunk's, in the saved states' order. A chunk is walked forward first, which leaves its states in the scratch.
     """
     ROW: tl.constexpr = d + 2 * N
     NL: tl.constexpr = NP // NN
@@ -177,37 +192,47 @@ def backward_kernel(
     DROW: tl.constexpr = 4 * ROW if PARTS == 1 else 4 * PARTS * 2 * N
     channel, n = _lanes(DP, NP, R, NN)
     lane = tl.arange(0, G * NL)[:, None, None]
-    batch, direction, q = _unpack(chunks)
-    rows = rows_ptr + batch * length * (4 * ROW) + direction * ROW
-    x_map = x_ptr + batch * length * d + channel
-    dy_map = dy_ptr + batch * length * d + channel
-    out = batch * length * (4 * d) + direction * d + channel
-    if PARTS == 1:  # nobody reads a position's B and C after its own step
-        dbc_map = rows + d + n
-    else:
-        dbc_map = dbc_ptr + (batch * length * 4 + direction) * (PARTS * 2 * N) + lane // NL // E * (2 * N) + n
-    A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
-    item = (batch * 4 + direction) * chunks + q
-    g = tl.load(adjoint_ptr + (item * d + channel) * N + n, mask=(channel < d) & (n < N), other=0.0)
     saved = _saved(DP, NP, R, NN)
-    save = saved_ptr + item * (T // SUB * DP * NP) + saved
-    dA = tl.zeros_like(A2)
-    for back in range(T // SUB):
-        j = T // SUB - 1 - back
-        for k in tl.static_range(SUB // 4 - 1, -1, -1):
-            # The states of four steps, from the saved ones before them; then the steps in reverse.
+    save = scratch_ptr + tl.program_id(0).to(tl.int64) * (T // HOLD * DP * NP) + saved
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        batch, direction, q = _unpack(item, chunks)
+        rows = rows_ptr + batch * length * (4 * ROW) + direction * ROW
+        x_map = x_ptr + batch * length * d + channel
+        dy_map = dy_ptr + batch * length * d + channel
+        out = batch * length * (4 * d) + direction * d + channel
+        if PARTS == 1:  # nobody reads a position's B and C after its own step
+            dbc_map = rows + d + n
+        else:
+            dbc_map = dbc_ptr + (batch * length * 4 + direction) * (PARTS * 2 * N) + lane // NL // E * (2 * N) + n
+        A2 = load_decay(A_ptr + direction * d * N, channel, n, d, N)
+        chunk = (batch * 4 + direction) * chunks + q
+        entry = chunk * d + channel
+        h = tl.load(start_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+        for j in range(T // SUB):
+            for i in tl.static_range(SUB):
+                if i % HOLD == 0:
+                    tl.store(save + (j * (SUB // HOLD) + i // HOLD) * (DP * NP), h)
+                step = q * T + j * SUB + i
+                h = _advance(
+                    h, rows, x_map, A2, channel, n, step, length, padded, height, width, direction, d, N, EXACT,
+                    IS_SMALL
+                )  # fmt: skip
+        g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
+        dA = tl.zeros_like(A2)
+        for back in range(T // HOLD):
+            j = T // HOLD - 1 - back
+            first = q * T + j * HOLD
+            # The states of some steps, from the saved ones before them; then the steps in reverse.
             h = tl.load(save + j * (DP * NP))
             states = (h,)
-            for i in tl.static_range(k * 4 + 4):
-                p, valid = _position(q * T + j * SUB + i, length, padded, height, width, direction, IS_SMALL)
-                row = rows + p * (4 * ROW)
-                delta = _load(row + channel, valid & (channel < d), EXACT)
-                x = _load(x_map + p * d, valid & (channel < d), EXACT)
-                b = _load(row + d + n, valid & (n < N), EXACT)
-                h = h * exp2(delta * A2) + (delta * x) * b
+            for i in tl.static_range(HOLD):
+                h = _advance(
+                    h, rows, x_map, A2, channel, n, first + i, length, padded, height, width, direction, d, N, EXACT,
+                    IS_SMALL
+                )  # fmt: skip
                 states = states + (h,)  # noqa: RUF005  (kernels know no starred tuples)
-            for i in tl.static_range(k * 4 + 3, k * 4 - 1, -1):
-                p, valid = _position(q * T + j * SUB + i, length, padded, height, width, direction, IS_SMALL)
+            for i in tl.static_range(HOLD - 1, -1, -1):
+                p, valid = _position(first + i, length, padded, height, width, direction, IS_SMALL)
                 row = rows + p * (4 * ROW)
                 delta = _load(row + channel, valid & (channel < d), EXACT)
                 x = _load(x_map + p * d, valid & (channel < d), EXACT)
@@ -231,7 +256,7 @@ def backward_kernel(
                 tl.store(by_decay_ptr + out + p * (4 * d), by_decay * LN2, mask=keep)
                 tl.store(dbc_map + p * DROW, db, mask=m_keep)
                 tl.store(dbc_map + p * DROW + N, dc, mask=m_keep)
-    tl.store(dA_ptr + item * (DP * NP) + saved, dA)
+        tl.store(dA_ptr + chunk * (DP * NP) + saved, dA)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -378,7 +403,7 @@ class _Plan:
         self.length = height * width
         DP, NP = triton.next_power_of_2(channels), triton.next_power_of_2(state)
         chunk = CHUNK if self.length > 4096 else SHORT_CHUNK
-        self.tile = Tile(DP, NP, min(4, DP), min(4, NP), 1, chunk, SUB, SUB)
+        self.tile = Tile(DP, NP, min(4, DP), min(4, NP), 1, chunk, SUB, HOLD)
         self.chunks = chunk_count(self.length, self.tile)
         padded = self.chunks * chunk
         self.sizes = (self.length, padded, height, width, self.chunks)
@@ -406,11 +431,10 @@ def _plan(x: Tensor, A: Tensor) -> _Plan:
     return _Plan(batch, height, width, d, A.shape[1])
 
 
-def rows_states_shape(x: Tensor, state: int) -> list[int]:
-    """Shape of the saved states of ``rows_forward``: (batch, 4, chunks, points in time, states)."""
+def rows_chunks(x: Tensor, state: int) -> int:
+    """Chunks of a direction."""
     batch, height, width, d = x.shape
-    plan = _Plan(batch, height, width, d, state)
-    return [batch, 4, plan.chunks, *plan.tile.saved_states]
+    return _Plan(batch, height, width, d, state).chunks
 
 
 def _project(plan: _Plan, x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> None:
@@ -420,14 +444,14 @@ def _project(plan: _Plan, x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor)
     )
 
 
-def _summaries(plan: _Plan, rows: Tensor, v: Tensor, A: Tensor, adjoint: bool) -> Tensor:
-    shape = (v.shape[0], 4, plan.chunks, v.shape[3], A.shape[1])
+def _summaries(plan: _Plan, rows: Tensor, v: Tensor, A: Tensor, adjoint: bool, state: Tensor) -> None:
+    """Fill ``state`` (samples, 4, chunks, d, N) with what enters each chunk."""
     if plan.chunks == 1:
-        return A.new_zeros(shape)
-    state, total = A.new_empty(shape), A.new_empty(shape[:4])
+        state.zero_()
+        return
+    total = A.new_empty(state.shape[:4])
     summary_kernel[plan.items(v)](rows, v, A, state, total, *plan.sizes, ADJOINT=adjoint, **plan.walk)
     combine(state, total, A, 4, adjoint)
-    return state
 
 
 def rows_forward(
@@ -444,12 +468,12 @@ def rows_forward(
         Ds: (4 d,).
 
     Returns:
-        y (B, H, W, d) in float32, and the states saved for the backward pass (``rows_states_shape``).
+        y (B, H, W, d) in float32, and the states that enter the chunks (B, 4, chunks, d, N).
     """
     plan = _plan(x, A)
     d = x.shape[3]
     weight = fold(x_proj_weight, dt_projs_weight, *plan.weights)
-    states = A.new_empty(rows_states_shape(x, A.shape[1]))
+    states = A.new_empty(x.shape[0], 4, plan.chunks, d, A.shape[1])
     y = A.new_empty(x.shape)
     rows = A.new_empty(plan.samples * plan.length, 4, plan.row)
     directions = A.new_empty(plan.samples * plan.length, 4, d)
@@ -458,8 +482,8 @@ def rows_forward(
         part = x[samples]
         positions = part.shape[0] * plan.length
         _project(plan, part, weight, dt_projs_bias, rows)
-        starts = _summaries(plan, rows, part, A, False)
-        forward_kernel[plan.items(part)](rows, part, A, starts, states[samples], directions, *plan.sizes, **plan.walk)
+        _summaries(plan, rows, part, A, False, states[samples])
+        forward_kernel[plan.items(part)](rows, part, A, states[samples], directions, *plan.sizes, **plan.walk)
         merge_kernel[(ceil_div(positions, block),)](directions, part, Ds, y[samples], positions, d, plan.tile.DP, block)
     return y, states
 
@@ -487,6 +511,9 @@ def rows_backward(
     by_input, by_decay = A.new_empty(2, most, 4, d)
     dbc = rows if tile.parts == 1 else A.new_empty(most, 4, tile.parts, 2 * state)
     dA = A.new_empty(x.shape[0], 4, plan.chunks, tile.R, tile.DP // tile.R, tile.NP)
+    adjoints = A.new_empty(plan.samples, *states.shape[1:])
+    programs = programs_at_once(A, 65536 // BACKWARD_REGISTERS // (32 * tile.num_warps))
+    scratch = A.new_empty(programs * math.prod(tile.saved_states))
     dx = A.new_empty(x.shape)
     # Wider maps have larger partial sums of the weights' gradients, so fewer of them.
     block = 64 if d <= 32 else 32
@@ -499,10 +526,11 @@ def rows_backward(
         part, dpart = x[samples], dy[samples]
         positions = part.shape[0] * plan.length
         _project(plan, part, weight, dt_projs_bias, rows)
-        adjoints = _summaries(plan, rows, dpart, A, True)
-        backward_kernel[plan.items(part)](
-            rows, part, dpart, A, adjoints, states[samples], by_input, by_decay, dbc, dA[samples],
-            *plan.sizes, **plan.walk, maxnreg=BACKWARD_REGISTERS
+        _summaries(plan, rows, dpart, A, True, adjoints[: len(part)])
+        (items,) = plan.items(part)
+        backward_kernel[(min(items, programs),)](
+            rows, part, dpart, A, states[samples], adjoints, scratch, by_input, by_decay, dbc, dA[samples],
+            items, *plan.sizes, **plan.walk, HOLD=HOLD, maxnreg=BACKWARD_REGISTERS
         )  # fmt: skip
         input_gradient_kernel[(input_programs,)](
             by_input, by_decay, dbc, rows, part, dpart, Ds, weight, dx[samples], dD, positions,

@@ -250,9 +250,12 @@ def test_2d_repeats_bit_for_bit(d):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="TF32 needs CUDA")
 @pytest.mark.parametrize("d", [8, 32, 128])
-def test_2d_is_precise_where_tf32_is_allowed(monkeypatch, d):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    check_2d(maps(2, 9, 17, d, 4, 16))
+def test_2d_is_precise_where_tf32_is_allowed(d):
+    torch.set_float32_matmul_precision("high")
+    try:
+        check_2d(maps(2, 9, 17, d, 4, 16))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu
