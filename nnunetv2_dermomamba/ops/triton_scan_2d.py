@@ -5,9 +5,10 @@ Up to 16 channels the fused kernels of this file; up to 128 ``triton_scan_2d_row
 
 The fused kernels write no direction's copy, no B, C or dt tensor and no state but one a chunk to device memory: a
 program projects a block of positions into its own small scratch, walks it (``triton_common``) and adds into ``y``. The
-backward pass walks a chunk forward again, and keeps that chunk's states in the scratch. A direction and its reverse share a program; row-major and column-major write two maps, so that sums need no atomics and
-repeat bit for bit. A block's channels are one tile of the tensor cores: weights are loaded once a work item and their
-gradients stay in registers.
+backward pass walks a chunk forward again and keeps that chunk's states in the scratch. A direction and its reverse
+share a program; row-major and column-major write two maps, so that sums need no atomics and repeat bit for bit. A
+block's channels are one tile of the tensor cores: weights are loaded once a work item and their gradients stay in
+registers.
 """
 
 from __future__ import annotations
