@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,11 @@ def _maximum_and_mean(x: Tensor, channels: bool) -> tuple[Tensor, Tensor]:
     return (maximum(x, 3), x.mean(3)) if channels else (maximum(x.flatten(1, 2), 1), x.mean((1, 2)))
 
 
+def multiplied(*factors: Tensor) -> Tensor:
+    """Product, from the left."""
+    return reduce(torch.mul, factors)
+
+
 class CBAM(nn.Module):
     """Convolutional block attention (Woo et al., 2018): a channel gate, then a spatial gate.
 
@@ -39,13 +46,24 @@ class CBAM(nn.Module):
         self.spatial_conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def factors(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Whose product is the result: on a GPU ``x`` and both gates, so that no product need be kept for gradients.
+
+        The spatial gate comes first there, or a compiler would find the product with the other one and keep that. On a
+        CPU, where time counts, that product is a factor.
+        """
         pooled = torch.stack(_maximum_and_mean(x, channels=False))
-        x = x * torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
-        summary = torch.stack(_maximum_and_mean(x, channels=True), dim=1)
-        if x.device.type == "cpu":  # the convolution's gradients are four times as fast
+        channel_gate = torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
+        gated = x * channel_gate
+        summary = torch.stack(_maximum_and_mean(gated, channels=True), dim=1)
+        is_cpu = x.device.type == "cpu"
+        if is_cpu:  # the convolution's gradients are four times as fast
             summary = summary.contiguous(memory_format=torch.channels_last)
-        return x * torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
+        spatial_gate = torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
+        return (gated, spatial_gate) if is_cpu else (x, spatial_gate, channel_gate)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return multiplied(*self.factors(x))
 
 
 class PCA(nn.Module):

@@ -83,5 +83,5 @@ class DermoMamba(nn.Module):
             skips.append(skip)
         x = self.sweep_mamba(self.pca(x) + x)
         for stage, attention, skip in reversed(list(zip(self.decoder, self.skip_attention, skips, strict=True))):
-            x = stage(x, attention(skip))
+            x = stage(x, *attention.factors(skip))
         return self.conv_out(x)[..., :height, :width]

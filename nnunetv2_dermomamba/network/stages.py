@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
+from nnunetv2_dermomamba.ops.recompute import recompute
 
+from .attention import multiplied
 from .cross_scale import CrossScaleMambaBlock
 
 
@@ -69,7 +71,7 @@ class DecoderStage(nn.Module):
         dim: channels of ``x`` and of the skip; half of them leave.
 
     Shape:
-        x (B, dim, H, W) and skip (B, dim, 2 H, 2 W) to (B, dim / 2, 2 H, 2 W).
+        x (B, dim, H, W) and skip (B, dim, 2 H, 2 W), as factors to be multiplied, to (B, dim / 2, 2 H, 2 W).
     """
 
     def __init__(self, dim: int) -> None:
@@ -78,16 +80,16 @@ class DecoderStage(nn.Module):
         self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1)
         self.norm = nn.BatchNorm2d(dim // 2)
 
-    def _fuse(self, x: Tensor, skip: Tensor) -> Tensor:
+    def _fuse(self, x: Tensor, *skip: Tensor) -> Tensor:
         """``fuse`` of the concatenation."""
         weight_x, weight_skip = self.fuse.weight.chunk(2, dim=1)
         low = F.conv2d(x, weight_x, self.fuse.bias)
-        fused = F.conv2d(skip, weight_skip)
+        fused = recompute(lambda *skip: F.conv2d(multiplied(*skip), weight_skip), *skip)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # where PyTorch's sum is five times as slow as this
             return fused + F.interpolate(low, scale_factor=2.0, mode="nearest")
         # nearest upsampling by broadcasting, in place: nothing is written, and its gradient is a sum
         fused.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(low[:, :, :, None, :, None])
         return fused
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # noqa: D102
-        return self.norm(F.gelu(self.conv(self._fuse(x, skip))))
+    def forward(self, x: Tensor, *skip: Tensor) -> Tensor:  # noqa: D102
+        return self.norm(F.gelu(self.conv(self._fuse(x, *skip))))

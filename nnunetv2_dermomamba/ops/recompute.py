@@ -1,0 +1,41 @@
+"""Computing again in the backward pass, on a GPU, what costs more memory to keep than time to repeat."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from .backends import choose_backend
+
+# Compilation would warn, each time, that the functions must do nothing in place, which they do not.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
+
+
+def _keep_scans(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_scan = str(op).startswith("dermomamba.") and "_scan_" in str(op)
+    return CheckpointPolicy.MUST_SAVE if is_scan else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """``function(*arguments)``, of which a training on a GPU keeps the arguments and the results of scans alone.
+
+    Args:
+        function: without BatchNorm, whose statistics a second call would update again, without random numbers, and
+            without operations in place.
+        arguments: the first one's device decides.
+    """
+    if not (torch.is_grad_enabled() and _is_worth_it(arguments[0])):
+        return function(*arguments)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_scans)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _is_worth_it(x: Tensor) -> bool:
+    """Other backends' scans are no single operator, and would be repeated."""
+    return x.is_cuda and choose_backend("cuda", x.dtype) == "triton"
