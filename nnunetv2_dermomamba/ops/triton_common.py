@@ -129,6 +129,11 @@ def programs_at_once(like: Tensor, per_processor: int) -> int:
     return torch.cuda.get_device_properties(like.device).multi_processor_count * per_processor
 
 
+def resident_programs(like: Tensor, tile: Tile, registers: int) -> int:
+    """Programs of ``registers`` a thread that the tensor's device holds at once, one a processor at least."""
+    return programs_at_once(like, max(1, 65536 // registers // (32 * tile.num_warps)))
+
+
 def launch(
     like: Tensor, items: int, tile: Tile, floats: int, registers: int
 ) -> tuple[Tensor, tuple[int], dict[str, int]]:
@@ -136,7 +141,7 @@ def launch(
 
     As many programs as the device holds at once, so that each keeps its scratch in the cache.
     """
-    programs = min(items, programs_at_once(like, max(1, 65536 // registers // (32 * tile.num_warps))))
+    programs = min(items, resident_programs(like, tile, registers))
     return like.new_empty(programs * floats, dtype=torch.float32), (programs,), {"maxnreg": registers, "num_stages": 1}
 
 
@@ -361,8 +366,9 @@ def walk_output(
     first = tl.arange(0, row.shape[0])[:, None, None] % (NP // NN) == 0  # of the lanes that share a channel
     for k in range(SUB // 4):
         at = k * 4
-        if SAVE and at % HOLD == 0:
-            tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
+        if SAVE:  # noqa: SIM102  (Triton before 3.4 evaluates both sides of an "and")
+            if at % HOLD == 0:
+                tl.store(saved_ptr + at // HOLD * (S * DP * NP) + saved, h)
         delta = tl.load(delta_ptr + row + at * (S * DP))
         w = tl.load(w_ptr + row + at * (S * DP))
         b = tl.load(bc_ptr + bc_row + at * (S * 2 * NP))

@@ -3,7 +3,7 @@
 
 A product first turns a slice of the batch into rows ``[positions, 4, d + 2 N]``: delta, B and C of every position and
 direction, in the map's own order. A chunk's program then walks its positions one by one and reads their rows as it
-needs them, without scratch or barriers; its neighbours in the map make the rows of the other directions come from the
+needs them; its neighbours in the map make the rows of the other directions come from the
 cache. With many channels a position's row is a few whole lines of cache, and a projection costs more the wider it is,
 so doing it once instead of once a pass is worth the rows' way through memory; with few it is not (``triton_scan_2d``).
 
@@ -32,6 +32,7 @@ from nnunetv2_dermomamba.ops.triton_common import (
     exp2,
     load_decay,
     programs_at_once,
+    resident_programs,
     softplus,
     softplus_slope,
     sum_over_lanes,
@@ -217,6 +218,7 @@ def backward_kernel(
                     h, rows, x_map, A2, channel, n, step, length, padded, height, width, direction, d, N, EXACT,
                     IS_SMALL
                 )  # fmt: skip
+        tl.debug_barrier()
         g = tl.load(adjoint_ptr + entry * N + n, mask=(channel < d) & (n < N), other=0.0)
         dA = tl.zeros_like(A2)
         for back in range(T // HOLD):
@@ -257,6 +259,7 @@ def backward_kernel(
                 tl.store(dbc_map + p * DROW, db, mask=m_keep)
                 tl.store(dbc_map + p * DROW + N, dc, mask=m_keep)
         tl.store(dA_ptr + chunk * (DP * NP) + saved, dA)
+        tl.debug_barrier()  # the next item's states go to the same scratch
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -512,7 +515,7 @@ def rows_backward(
     dbc = rows if tile.parts == 1 else A.new_empty(most, 4, tile.parts, 2 * state)
     dA = A.new_empty(x.shape[0], 4, plan.chunks, tile.R, tile.DP // tile.R, tile.NP)
     adjoints = A.new_empty(plan.samples, *states.shape[1:])
-    programs = programs_at_once(A, 65536 // BACKWARD_REGISTERS // (32 * tile.num_warps))
+    programs = resident_programs(A, tile, BACKWARD_REGISTERS)
     scratch = A.new_empty(programs * math.prod(tile.saved_states))
     dx = A.new_empty(x.shape)
     # Wider maps have larger partial sums of the weights' gradients, so fewer of them.
