@@ -115,6 +115,9 @@ def gate(device: torch.device, backend: str) -> None:
             (64, 2, 12, 8),
             (128, 4, 6, 8),
             (12, 1, 5, 7),
+            (8, 1, 72, 64),  # chunks of the longest kind
+            (16, 1, 24, 32),
+            (32, 1, 72, 64),
         ]
     ]
     cases += [
