@@ -29,6 +29,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = 128  # T, positions between two chunk summaries of a long sequence
+LONG = 4096  # positions above which a sequence is long
 SUB = 16  # positions whose rows are in the scratch at once; divides CHUNK
 BACKWARD_REGISTERS = 255  # a thread, 8 warps a processor: the backward walk holds four steps' states and decays
 MAX_BLOCK = 128  # channels of one program
@@ -108,7 +109,7 @@ def tile_for(channels: int, state: int, length: int, stretch: int = 1) -> Tile:
     run = min(4 if padded > 16 else 2, padded)
     held = min(4, states)
     segments = max(2, 32 // (padded // run * (states // held)))
-    chunk = CHUNK if length > 4096 else 32 if length > 512 else SUB  # short sequences want more programs
+    chunk = CHUNK if length > LONG else 32 if length > 512 else SUB  # short sequences want more programs
     return Tile(padded, states, run, held, segments, chunk * stretch, SUB)
 
 

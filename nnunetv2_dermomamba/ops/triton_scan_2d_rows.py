@@ -25,6 +25,7 @@ from nnunetv2_dermomamba.ops.triton_common import (
     BACKWARD_REGISTERS,
     CHUNK,
     LN2,
+    LONG,
     Tile,
     ceil_div,
     chunk_count,
@@ -405,7 +406,7 @@ class _Plan:
     def __init__(self, batch: int, height: int, width: int, channels: int, state: int) -> None:
         self.length = height * width
         DP, NP = triton.next_power_of_2(channels), triton.next_power_of_2(state)
-        chunk = CHUNK if self.length > 4096 else SHORT_CHUNK
+        chunk = CHUNK if self.length > LONG else SHORT_CHUNK
         self.tile = Tile(DP, NP, min(4, DP), min(4, NP), 1, chunk, SUB, HOLD)
         self.chunks = chunk_count(self.length, self.tile)
         padded = self.chunks * chunk
