@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .backends import choose_backend
 
-# Compilation would warn, each time, that the functions must do nothing in place, which they do not.
+# Compilation warns that such functions must do nothing in place. Those here do nothing in place.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
 
 
@@ -24,6 +24,8 @@ def _keep_scans(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 def recompute(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
     """``function(*arguments)``, of which a training on a GPU keeps the arguments and the results of scans alone.
+
+    PyTorch refuses a second backward pass through it, even with ``retain_graph``.
 
     Args:
         function: without BatchNorm, whose statistics a second call would update again, without random numbers, and
