@@ -9,8 +9,8 @@ from nnunetv2_dermomamba.network.stages import DecoderStage
 from nnunetv2_dermomamba.ops import cpu_scan, recompute
 
 
-def gradients(function, *inputs):
-    """Result, gradients, and the bytes that were kept between the two passes."""
+def gradients(layer, function, *inputs):
+    """Result, gradients of inputs and parameters, and the bytes that were kept between the two passes."""
     kept = {}
 
     def keep(tensor):
@@ -21,14 +21,14 @@ def gradients(function, *inputs):
     inputs = [x.clone().requires_grad_() for x in inputs]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = function(*inputs)
-    y.square().sum().backward()
-    return y.detach(), [x.grad for x in inputs], sum(kept.values())
+    leaves = [*inputs, *layer.parameters()]
+    return y.detach(), torch.autograd.grad(y.square().sum(), leaves), sum(kept.values())
 
 
-def both_ways(monkeypatch, function, *inputs):
-    plain = gradients(function, *inputs)
+def both_ways(monkeypatch, layer, function, *inputs):
+    plain = gradients(layer, function, *inputs)
     monkeypatch.setattr(recompute, "_is_worth_it", lambda x: True)
-    again = gradients(function, *inputs)
+    again = gradients(layer, function, *inputs)
     torch.testing.assert_close(again[:2], plain[:2], rtol=0, atol=0)
     return plain[2], again[2]
 
@@ -40,7 +40,7 @@ def test_ss2d_keeps_its_scan_and_computes_the_rest_again(monkeypatch):
     results = []  # of every scan; what is kept of them passes the counting hooks by
     scan = cpu_scan.scan_2d_forward
     monkeypatch.setattr(cpu_scan, "scan_2d_forward", lambda *args: results.append(scan(*args)) or results[-1])
-    plain, again = both_ways(monkeypatch, lambda x: layer(x, norm), torch.randn(2, 24, 32, 4))
+    plain, again = both_ways(monkeypatch, layer, lambda x: layer(x, norm), torch.randn(2, 24, 32, 4))
     assert len(results) == 2  # one for each way: none in the backward pass
     again += sum(result.numel() * result.element_size() for result in results[1])
     assert again < 0.7 * plain
@@ -51,7 +51,7 @@ def test_the_decoder_keeps_no_product_of_its_skip(monkeypatch):
     stage = DecoderStage(8)
     x, skip = torch.randn(2, 8, 12, 16), torch.randn(2, 8, 24, 32)
     gates = torch.rand(2, 8, 1, 1), torch.rand(2, 1, 24, 32)
-    plain, again = both_ways(monkeypatch, stage, x, skip, *gates)
+    plain, again = both_ways(monkeypatch, stage, stage, x, skip, *gates)
     assert plain - again >= 2 * skip.numel() * 4
 
 
