@@ -47,20 +47,21 @@ class CBAM(nn.Module):
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Whose product is the result: on a GPU ``x`` and both gates, so that no product need be kept for gradients.
+        """Whose product is the result: training on a GPU ``x`` and both gates, so that no product need be kept.
 
-        The spatial gate comes first there, or a compiler would find the product with the other one and keep that. On a
-        CPU, where time counts, that product is a factor.
+        The spatial gate comes first there, or a compiler would find the product with the other one and keep that.
+        Elsewhere, where time counts, that product is a factor: it has been computed.
         """
         pooled = torch.stack(_maximum_and_mean(x, channels=False))
         channel_gate = torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
         gated = x * channel_gate
         summary = torch.stack(_maximum_and_mean(gated, channels=True), dim=1)
         is_cpu = x.device.type == "cpu"
+        keeps_less = torch.is_grad_enabled() and not is_cpu
         if is_cpu:  # the convolution's gradients are four times as fast
             summary = summary.contiguous(memory_format=torch.channels_last)
         spatial_gate = torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
-        return (gated, spatial_gate) if is_cpu else (x, spatial_gate, channel_gate)
+        return (x, spatial_gate, channel_gate) if keeps_less else (gated, spatial_gate)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return multiplied(*self.factors(x))

@@ -71,7 +71,8 @@ class DecoderStage(nn.Module):
         dim: channels of ``x`` and of the skip; half of them leave.
 
     Shape:
-        x (B, dim, H, W) and skip (B, dim, 2 H, 2 W), as factors to be multiplied, to (B, dim / 2, 2 H, 2 W).
+        x (B, dim, H, W) and the factors of skip, (B, dim, 2 H, 2 W) and what broadcasts to it (``CBAM.factors``), to
+        (B, dim / 2, 2 H, 2 W).
     """
 
     def __init__(self, dim: int) -> None:

@@ -135,8 +135,7 @@ def forward_kernel(
     NL: tl.constexpr = NP // NN
     channel, n = _lanes(DP, NP, R, NN)
     lane = tl.arange(0, DP // R * NL)[:, None, None]
-    item = tl.program_id(0)
-    batch, direction, q = _unpack(item, chunks)
+    batch, direction, q = _unpack(tl.program_id(0), chunks)
     rows = rows_ptr + batch * length * (4 * ROW) + direction * ROW
     x_map = x_ptr + batch * length * d + channel
     y_map = y_ptr + batch * length * (4 * d) + direction * d + channel
