@@ -8,7 +8,6 @@ TRAINERS = (
     "nnUNetTrainerDermoMambaDiceCE",
     "nnUNetTrainerDermoMambaPaper",
     "nnUNetTrainerDermoMamba_5epochs",
-    "nnUNetTrainerDermoMamba_50epochs",
     "nnUNetTrainerDermoMamba_demo",
     "nnUNetTrainerGuideFusionLoss",
 )

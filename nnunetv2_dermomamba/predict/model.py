@@ -42,7 +42,7 @@ FOLD = re.compile(r"fold_(\d{1,3}|all)", re.ASCII)
 
 # These build DermoMamba. Importing them for that would also import what nnU-Net trains and plots with: 80 MB.
 DERMOMAMBA_TRAINERS = frozenset(
-    f"nnUNetTrainerDermoMamba{variant}" for variant in ("", "DiceCE", "Paper", "_5epochs", "_50epochs", "_demo")
+    f"nnUNetTrainerDermoMamba{variant}" for variant in ("", "DiceCE", "Paper", "_5epochs", "_demo")
 )
 
 NETWORK_CLASSES = re.compile(r"dynamic_network_architectures\.architectures\.\w+(\.\w+)*", re.ASCII)

@@ -3,7 +3,6 @@
 from .dermomamba import (
     nnUNetTrainerDermoMamba,
     nnUNetTrainerDermoMamba_5epochs,
-    nnUNetTrainerDermoMamba_50epochs,
     nnUNetTrainerDermoMamba_demo,
     nnUNetTrainerDermoMambaDiceCE,
 )
@@ -15,7 +14,6 @@ __all__ = [
     "nnUNetTrainerDermoMambaDiceCE",
     "nnUNetTrainerDermoMambaPaper",
     "nnUNetTrainerDermoMamba_5epochs",
-    "nnUNetTrainerDermoMamba_50epochs",
     "nnUNetTrainerDermoMamba_demo",
     "nnUNetTrainerGuideFusionLoss",
 ]

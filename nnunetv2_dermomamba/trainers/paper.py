@@ -35,6 +35,7 @@ class nnUNetTrainerDermoMambaPaper(nnUNetTrainerDermoMamba):
     """
 
     learning_rate = 1e-4
+    epochs = 200
     gradient_clip = math.inf
     attention = "scalar"
 

@@ -11,11 +11,10 @@ from nnunetv2_dermomamba import trainers
 from nnunetv2_dermomamba.network import DermoMamba
 
 EPOCHS = {
-    "nnUNetTrainerDermoMamba": 200,
-    "nnUNetTrainerDermoMambaDiceCE": 200,
+    "nnUNetTrainerDermoMamba": 50,
+    "nnUNetTrainerDermoMambaDiceCE": 50,
     "nnUNetTrainerDermoMambaPaper": 200,
     "nnUNetTrainerDermoMamba_5epochs": 5,
-    "nnUNetTrainerDermoMamba_50epochs": 50,
     "nnUNetTrainerDermoMamba_demo": 4,
     "nnUNetTrainerGuideFusionLoss": 1000,
 }
@@ -51,7 +50,6 @@ def test_all_are_listed() -> None:
         ("nnUNetTrainerDermoMamba", "classes"),
         ("nnUNetTrainerDermoMamba", "regions"),
         ("nnUNetTrainerDermoMamba_5epochs", "classes"),
-        ("nnUNetTrainerDermoMamba_50epochs", "classes"),
         ("nnUNetTrainerDermoMamba_demo", "classes"),
         ("nnUNetTrainerDermoMambaDiceCE", "classes"),
         ("nnUNetTrainerDermoMambaPaper", "classes"),
