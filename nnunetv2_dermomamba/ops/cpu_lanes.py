@@ -22,25 +22,26 @@ f4 = np.float32
 
 
 class Lanes(types.Type):
-    """Numba's type of a vector; ``element`` is float32 or float64."""
+    """Numba's type of a vector; ``element`` is float32 or float64, ``width`` ``LANES`` or twice that."""
 
-    def __init__(self, element):
+    def __init__(self, element, width=LANES):
         self.element = element
-        super().__init__(name=f"lanes({element})")
+        self.width = width
+        super().__init__(name=f"lanes({element}, {width})")
 
 
 @register_model(Lanes)
 class _Model(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.element).get_value_type(), LANES))
+        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.element).get_value_type(), fe_type.width))
 
 
-def _pointer(context, builder, array_type, array, row, column):
+def _pointer(context, builder, array_type, array, row, column, width=LANES):
     """Pointer to the vector that starts at (row, column) of a contiguous 2D array."""
     struct = context.make_array(array_type)(context, builder, array)
-    width = builder.extract_value(struct.shape, 1)
-    element = builder.gep(struct.data, [builder.add(builder.mul(row, width), column)])
-    vector = context.get_value_type(Lanes(array_type.dtype))
+    columns = builder.extract_value(struct.shape, 1)
+    element = builder.gep(struct.data, [builder.add(builder.mul(row, columns), column)])
+    vector = ir.VectorType(context.get_value_type(array_type.dtype), width)
     return builder.bitcast(element, vector.as_pointer())
 
 
@@ -73,6 +74,86 @@ def store(typing, array, row, column, vector):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp, vector), generate
+
+
+@intrinsic
+def load_pair(typing, array, row, column):
+    """Elements ``column`` to ``column + 15`` of a row; where rows have eight, two rows."""
+    if not _is_rows(array):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments, 2 * LANES)
+        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+
+    return Lanes(array.dtype, 2 * LANES)(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def store_pair(typing, array, row, column, vector):
+    """The inverse of ``load_pair``."""
+    if not _is_rows(array) or vector != Lanes(array.dtype, 2 * LANES):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments[:3], 2 * LANES)
+        builder.store(arguments[3], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, vector), generate
+
+
+def _shuffled(builder, vector, order):
+    """Elements ``order`` of a vector."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+@intrinsic
+def splat_pair(typing, array, row, column):
+    """Two adjacent elements, eight times each."""
+    if not _is_rows(array):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments, 2)
+        both = builder.load(pointer, align=array.dtype.bitwidth // 8)
+        return _shuffled(builder, both, [0] * LANES + [1] * LANES)
+
+    return Lanes(array.dtype, 2 * LANES)(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def twice(typing, vector):
+    """A vector and itself behind it."""
+
+    def generate(context, builder, signature, arguments):
+        return _shuffled(builder, arguments[0], [*range(LANES)] * 2)
+
+    return Lanes(vector.element, 2 * LANES)(vector), generate
+
+
+@intrinsic
+def folded(typing, pair):
+    """The two halves of a pair, added."""
+
+    def generate(context, builder, signature, arguments):
+        halves = [_shuffled(builder, arguments[0], [*range(start, start + LANES)]) for start in (0, LANES)]
+        return builder.fadd(*halves)
+
+    return Lanes(pair.element)(pair), generate
+
+
+@intrinsic
+def _fill(typing, vector, value):
+    """As many times ``value`` as ``vector`` has elements."""
+
+    def generate(context, builder, signature, arguments):
+        kind = context.get_value_type(signature.return_type)
+        first = builder.insert_element(ir.Constant(kind, ir.Undefined), arguments[1], ir.Constant(ir.IntType(32), 0))
+        return _shuffled(builder, first, [0] * vector.width)
+
+    return vector(vector, vector.element), generate
 
 
 @intrinsic
@@ -185,7 +266,7 @@ def _function(name):
     def apply(typing, vector):
         def generate(context, builder, signature, arguments):
             kind = arguments[0].type
-            function_name = f"llvm.{name}.v{LANES}f{vector.element.bitwidth}"
+            function_name = f"llvm.{name}.v{vector.width}f{vector.element.bitwidth}"
             function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), function_name)
             return builder.call(function, arguments)
 
@@ -202,8 +283,8 @@ def _scale(typing, vector, exponent):
     """``vector * 2**exponent`` for whole exponents, by adding to the exponent's bits; the result must be normal."""
 
     def generate(context, builder, signature, arguments):
-        integers = ir.VectorType(ir.IntType(32), LANES)
-        bits = builder.shl(builder.fptosi(arguments[1], integers), ir.Constant(integers, [23] * LANES))
+        integers = ir.VectorType(ir.IntType(32), vector.width)
+        bits = builder.shl(builder.fptosi(arguments[1], integers), ir.Constant(integers, [23] * vector.width))
         return builder.bitcast(builder.add(builder.bitcast(arguments[0], integers), bits), arguments[0].type)
 
     return vector(vector, vector), generate
@@ -220,19 +301,19 @@ def _exp2_overload(t):
 
     Relative error below 2e-7. Below -126 it is 2**-126.
     """
-    if t == Lanes(numba.float64):
+    if t.element == numba.float64:
         return lambda t: _exp2_each(t)
 
     def exp2_float32(t):
-        bounded = _at_least(t, splat(f4(-126.0)))
+        bounded = _at_least(t, _fill(t, f4(-126.0)))
         r = _round(bounded)
         f = bounded - r
-        p = splat(f4(1.3264727252689482e-3))
-        p = p * f + splat(f4(9.6715127857777e-3))
-        p = p * f + splat(f4(5.5507337444710265e-2))
-        p = p * f + splat(f4(0.24022242083111806))
-        p = p * f + splat(f4(0.6931469775976777))
-        p = p * f + splat(f4(1.0))
+        p = _fill(t, f4(1.3264727252689482e-3))
+        p = p * f + _fill(t, f4(9.6715127857777e-3))
+        p = p * f + _fill(t, f4(5.5507337444710265e-2))
+        p = p * f + _fill(t, f4(0.24022242083111806))
+        p = p * f + _fill(t, f4(0.6931469775976777))
+        p = p * f + _fill(t, f4(1.0))
         return _scale(p, r)
 
     return exp2_float32

@@ -7,8 +7,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, product
-from .cpu_scan import _run
+from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, products, scatter_rows
+from .cpu_scan import _pad_channels, _run
 
 ROWS = 64  # a tile of them; with 256 channels 64 KiB
 
@@ -46,14 +46,16 @@ def _gate(gate, rows, tile, steps):  # type: ignore[no-untyped-def]
 
 @njit(**_OPTIONS)
 def _norm_linear(x, gate, weight, bias, eps, matrix, out):  # type: ignore[no-untyped-def]
-    """Rows x (n, c), gate (n, c) or (0, c) for none, matrix (c, m); fills out (n, m)."""
-    tile, rows = np.empty((ROWS, x.shape[1]), x.dtype), np.empty((ROWS, x.shape[1]), x.dtype)
+    """Rows x (n, c), gate (n, c) or (0, c) for none, matrix (c, m padded to whole vectors); fills out (n, m)."""
+    tile, rows = np.zeros((ROWS, x.shape[1]), x.dtype), np.empty((ROWS, x.shape[1]), x.dtype)
+    projected = np.empty((ROWS, matrix.shape[1]), x.dtype)
     for start in range(0, x.shape[0], ROWS):
         end = min(start + ROWS, x.shape[0])
         _normalise(x[start:end], weight, bias, eps, tile, end - start)
         if gate.shape[0]:
             _gate(gate[start:end], rows, tile, end - start)
-        product(tile[: end - start], matrix, out[start:end])
+        products(tile, matrix, projected, end - start)
+        scatter_rows(projected, out, start, 1, end - start, out.shape[0], 1, False, False)
 
 
 def norm_linear_cpu(
@@ -77,7 +79,7 @@ def norm_linear_cpu(
     rows, out_rows = x.reshape(-1, channels).numpy(), out.view(-1, weight.shape[0]).numpy()
     gates = (x.new_empty(0, channels) if gate is None else gate.reshape(-1, channels)).numpy()
     vectors = norm_weight.detach().numpy(), norm_bias.detach().numpy(), np.float32(eps)
-    matrix = weight.detach().t().contiguous().numpy()
+    matrix = _pad_channels(weight.detach().t()).contiguous().numpy()
     share = max(1024, -(-len(rows) // torch.get_num_threads()))  # waking a thread takes as long as fewer rows do
 
     def task(start: int) -> None:
