@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.maximum import maximum
 
@@ -52,6 +53,8 @@ class CBAM(nn.Module):
         The spatial gate comes first there, or a compiler would find the product with the other one and keep that.
         Elsewhere, where time counts, that product is a factor: it has been computed.
         """
+        if numba_infers(x) and x.shape[1] % 8 == 0:
+            return self._factors_on_cpu(x)
         pooled = torch.stack(_maximum_and_mean(x, channels=False))
         channel_gate = torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
         gated = x * channel_gate
@@ -62,6 +65,17 @@ class CBAM(nn.Module):
             summary = summary.contiguous(memory_format=torch.channels_last)
         spatial_gate = torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
         return (x, spatial_gate, channel_gate) if keeps_less else (gated, spatial_gate)
+
+    def _factors_on_cpu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for inference, by kernels that read the map twice."""
+        from nnunetv2_dermomamba.ops.cpu_depthwise import convolution  # Numba need not be there otherwise
+        from nnunetv2_dermomamba.ops.cpu_gates import gate_channels, pool_positions
+
+        channel_gate = torch.sigmoid(self.channel_mlp(pool_positions(x)).sum(0))[:, :, None, None]
+        gated, summary = gate_channels(x, channel_gate)
+        taps = self.spatial_conv.weight.transpose(0, 1)  # one kernel for the maximum, one for the mean, then added
+        convolved = convolution(summary, taps, taps.new_zeros(2), 1).sum(1, keepdim=True)
+        return gated, torch.sigmoid(self.spatial_norm(convolved))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return multiplied(*self.factors(x))

@@ -18,6 +18,9 @@ from .cpu_kernels import _OPTIONS
 from .cpu_lanes import LANES, load, splat, store
 from .cpu_scan import _run
 
+FEW = 2**15
+"""Elements of a map below which waking a thread takes longer than the convolution."""
+
 
 @njit(**_OPTIONS)
 def _add_tap(x, source, weight, tap, offset, out, row):  # type: ignore[no-untyped-def]
@@ -110,14 +113,16 @@ def _summed(gradient: Tensor, channels: int) -> Tensor:
     return padded.unflatten(-1, (-1, channels)).sum(-2).mT.contiguous()
 
 
-def _bands(batch: int, height: int) -> list[tuple[int, int, int]]:
-    """(image, first row, last row): whole images, or with fewer images than threads bands of them."""
+def _bands(batch: int, height: int, width: int) -> list[tuple[int, int, int]]:
+    """(image, first row, last row): whole images, or with fewer images than threads bands of them if they are large."""
+    if height * width < FEW:
+        return [(b, 0, height) for b in range(batch)]
     share = -(-height // max(1, -(-2 * torch.get_num_threads() // batch)))
     return [(b, first, min(first + share, height)) for b in range(batch) for first in range(0, height, share)]
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """(B, C, H, W), channels last in memory."""
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    """Depthwise convolution with "same" padding of (B, C, H, W), to the same, channels last in memory."""
     batch, channels, height, width = x.shape
     out = torch.empty(batch, height, width, channels, dtype=x.dtype)
     source, target = _rows(x), out.flatten(2).numpy()
@@ -127,7 +132,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tens
     def task(b: int, first: int, last: int) -> None:
         convolve(source[b], weights, biases, channels, taps_h, taps_w, dilation, first, last, target[b])
 
-    _run(task, _bands(batch, height))
+    _run(task, _bands(batch, height, width * channels))
     return out.permute(0, 3, 1, 2)
 
 
@@ -155,7 +160,7 @@ def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) ->
 def depthwise_backward(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (strides as ``torch.empty_like(x)``), weight and bias."""
     (batch, channels, _, width), (taps_h, taps_w) = x.shape, weight.shape[2:]
-    dx = _convolution(dy, weight.flip(2, 3), weight.new_zeros(channels), dilation)
+    dx = convolution(dy, weight.flip(2, 3), weight.new_zeros(channels), dilation)
     length = math.lcm(channels, LANES) + LANES
     # one sum an image, added in a fixed order: results do not depend on the threads
     dweights = torch.zeros(batch, taps_h * taps_w, length, dtype=x.dtype)

@@ -37,12 +37,12 @@ def _scale_leaky_add(rows, scale, shift, other, factor, slope, out):  # type: ig
             out[p, c] = factor * other[p, c] + (value * slope if value < zero else value)
 
 
-def _rows(x: Tensor) -> np.ndarray:
+def channels_last_rows(x: Tensor) -> np.ndarray:
     """(B, C, H, W) as (B, H W, C): a view of channels-last memory, elsewhere a copy."""
     return x.detach().permute(0, 2, 3, 1).contiguous().flatten(1, 2).numpy()
 
 
-def _shares(batch: int, length: int, channels: int) -> list[tuple[int, slice]]:
+def shares(batch: int, length: int, channels: int) -> list[tuple[int, slice]]:
     """(image, run of positions), about as many as threads; whole images where waking a thread takes longer."""
     threads = torch.get_num_threads() if length * channels > SMALL else 1
     share = -(-length // -(-threads // batch))
@@ -56,13 +56,13 @@ def instance_norm_leaky_add_cpu(
     batch, channels, height, width = x.shape
     length = height * width
     out = torch.empty(batch, height, width, channels)
-    rows, others, outs = _rows(x), _rows(other), out.flatten(1, 2).numpy()
-    shares = _shares(batch, length, channels)
+    rows, others, outs = channels_last_rows(x), channels_last_rows(other), out.flatten(1, 2).numpy()
+    parts = shares(batch, length, channels)
 
     def mean_of(centre: np.ndarray, power: int) -> np.ndarray:
-        sums = np.zeros((len(shares), channels))
-        _run(lambda i, b, share: _moments(rows[b, share], centre[b], sums[i], power),
-             [(i, *share) for i, share in enumerate(shares)])  # fmt: skip
+        sums = np.zeros((len(parts), channels))
+        _run(lambda i, b, part: _moments(rows[b, part], centre[b], sums[i], power),
+             [(i, *part) for i, part in enumerate(parts)])  # fmt: skip
         return sums.reshape(batch, -1, channels).sum(1) / length
 
     mean = mean_of(np.zeros((batch, channels), np.float32), 1)
@@ -72,8 +72,8 @@ def instance_norm_leaky_add_cpu(
     shift = (bias - mean * scale).astype(np.float32)
     scale, number, slope = scale.astype(np.float32), np.float32(factor.item()), np.float32(slope)
 
-    def task(b: int, share: slice) -> None:
-        _scale_leaky_add(rows[b, share], scale[b], shift[b], others[b, share], number, slope, outs[b, share])
+    def task(b: int, part: slice) -> None:
+        _scale_leaky_add(rows[b, part], scale[b], shift[b], others[b, part], number, slope, outs[b, part])
 
-    _run(task, shares)
+    _run(task, parts)
     return out.permute(0, 3, 1, 2)

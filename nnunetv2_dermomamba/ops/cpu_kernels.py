@@ -281,6 +281,17 @@ def add_rows(a, sums, steps):
         store(sums, 0, c, column)
 
 
+@njit(inline="always")
+def splat_at(rows, t, n):
+    """An element eight times."""
+    return splat(rows[t, n])
+
+
+@njit(inline="always")
+def _same(vector):
+    return vector
+
+
 @cache
 def kernels(state: int, row_length: int) -> SimpleNamespace:
     """The kernels for a number of states per channel and a length of a tile's rows, both compiled in.
@@ -291,16 +302,18 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
     """
     whole = 2 * state // LANES * LANES
     eights = state // 8 * 8
+    # Two states to a vector, unless their number is odd.
+    together = 2 - state % 2
+    get, put, spread = (load_pair, store_pair, splat_pair) if together == 2 else (load, store, splat_at)
+    both, one = (twice, folded) if together == 2 else (_same, _same)
 
     @njit(**_OPTIONS)
     def scan_eight_states(c, first, n, x, rows, delta, A2, h, y, steps):
         """``scan_tile`` of eight channels, whose states from the ``n``-th on stay in registers, two to a vector."""
-        h0, h1, h2, h3 = (
-            load_pair(h, first, 0), load_pair(h, first + 2, 0), load_pair(h, first + 4, 0), load_pair(h, first + 6, 0)
-        )  # fmt: skip
-        a0, a1, a2, a3 = (
-            load_pair(A2, first, 0), load_pair(A2, first + 2, 0), load_pair(A2, first + 4, 0), load_pair(A2, first + 6, 0)
-        )  # fmt: skip
+        h0, h1 = load_pair(h, first, 0), load_pair(h, first + 2, 0)
+        h2, h3 = load_pair(h, first + 4, 0), load_pair(h, first + 6, 0)
+        a0, a1 = load_pair(A2, first, 0), load_pair(A2, first + 2, 0)
+        a2, a3 = load_pair(A2, first + 4, 0), load_pair(A2, first + 6, 0)
         for t in range(steps):
             step = twice(load(delta, t, c))
             drive = step * twice(load(x, t, c))
@@ -326,53 +339,51 @@ def kernels(state: int, row_length: int) -> SimpleNamespace:
             if eights == state:
                 continue
             for t in range(steps):
-                step = load(delta, t, c)
-                drive = step * load(x, t, c)
-                out = load(y, t, c)
-                for n in range(eights, state):
-                    hn = exp2_lanes(step * load(A2, first + n, 0)) * load(h, first + n, 0) + drive * splat(rows[t, n])
-                    store(h, first + n, 0, hn)
-                    out = out + hn * splat(rows[t, state + n])
-                store(y, t, c, out)
+                step = both(load(delta, t, c))
+                drive = step * both(load(x, t, c))
+                for n in range(eights, state, together):
+                    hn = exp2_lanes(step * get(A2, first + n, 0)) * get(h, first + n, 0) + drive * spread(rows, t, n)
+                    put(h, first + n, 0, hn)
+                    store(y, t, c, load(y, t, c) + one(hn * spread(rows, t, state + n)))
 
     @njit(**_OPTIONS)
     def record_block(block, x, rows, delta, A2, h, before, decay, steps):
         """Walk eight channels of a tile forward, keeping the state before each step and each step's decay, (T N, 8)."""
         c, first = block * LANES, block * state
         for t in range(steps):
-            step = load(delta, t, c)
-            drive = step * load(x, t, c)
-            for n in range(state):
-                a, hn = exp2_lanes(step * load(A2, first + n, 0)), load(h, first + n, 0)
-                store(decay, t * state + n, 0, a)
-                store(before, t * state + n, 0, hn)
-                store(h, first + n, 0, a * hn + drive * splat(rows[t, n]))
+            step = both(load(delta, t, c))
+            drive = step * both(load(x, t, c))
+            for n in range(0, state, together):
+                a, hn = exp2_lanes(step * get(A2, first + n, 0)), get(h, first + n, 0)
+                put(decay, t * state + n, 0, a)
+                put(before, t * state + n, 0, hn)
+                put(h, first + n, 0, a * hn + drive * spread(rows, t, n))
 
     @njit(**_OPTIONS)
     def backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps):
         """Walk them backward with the adjoint states ``g``; adds to dx, ddelta, dA and, after block 0, dbc."""
         c, first = block * LANES, block * state
         for t in range(steps - 1, -1, -1):
-            step, u, dout = load(delta, t, c), load(x, t, c), load(dy, t, c)
-            drive = step * u
-            ddrive = dstep = splat(x.dtype.type(0.0))
-            for n in range(state):
-                a, b = load(decay, t * state + n, 0), splat(rows[t, n])
-                carried = a * load(before, t * state + n, 0)
-                gn = load(g, first + n, 0) + dout * splat(rows[t, state + n])
+            step, u = load(delta, t, c), load(x, t, c)
+            steps_n, drive, dout = both(step), both(step * u), both(load(dy, t, c))
+            ddrive = dstep = both(splat(x.dtype.type(0.0)))
+            for n in range(0, state, together):
+                a, b = get(decay, t * state + n, 0), spread(rows, t, n)
+                carried = a * get(before, t * state + n, 0)
+                gn = get(g, first + n, 0) + dout * spread(rows, t, state + n)
                 in_b, in_c = 2 * state * t + n, 2 * state * t + state + n
                 db, dc = gn * drive, dout * (carried + drive * b)
                 if block > 0:
-                    db, dc = db + load(dbc, in_b, 0), dc + load(dbc, in_c, 0)
-                store(dbc, in_b, 0, db)
-                store(dbc, in_c, 0, dc)
+                    db, dc = db + get(dbc, in_b, 0), dc + get(dbc, in_c, 0)
+                put(dbc, in_b, 0, db)
+                put(dbc, in_c, 0, dc)
                 ddrive = ddrive + gn * b
                 dlog = gn * carried
-                dstep = dstep + dlog * load(A, first + n, 0)
-                store(dA, first + n, 0, load(dA, first + n, 0) + dlog * step)
-                store(g, first + n, 0, gn * a)
-            store(dx, t, c, load(dx, t, c) + ddrive * step)
-            store(ddelta, t, c, load(ddelta, t, c) + ddrive * u + dstep)
+                dstep = dstep + dlog * get(A, first + n, 0)
+                put(dA, first + n, 0, get(dA, first + n, 0) + dlog * steps_n)
+                put(g, first + n, 0, gn * a)
+            store(dx, t, c, load(dx, t, c) + one(ddrive) * step)
+            store(ddelta, t, c, load(ddelta, t, c) + one(ddrive) * u + one(dstep))
 
     @njit(**_OPTIONS)
     def scan_tile_backward(dy, x, rows, delta, A, A2, h, before, decay, g, dbc, dx, ddelta, drows, dA, steps):

@@ -3,7 +3,7 @@
 LLVM's own vectoriser needs long rows: it leaves rows of 8 channels to scalar code, and sums over 16 states cost it more
 than the products. A vector here is an LLVM ``<8 x float>`` (or double): one AVX register, two of SSE or NEON; locals of
 this type live in registers. They have ``+``, ``-``, ``*`` and the functions below; arrays hold them as runs of eight in
-the last axis.
+the last axis. A pair is a vector of twice eight, one register of AVX-512: two states of the same eight channels, say.
 """
 
 from __future__ import annotations
@@ -171,23 +171,34 @@ def splat(typing, value):
     return Lanes(value)(value), generate
 
 
+def _reduction(combine):
+    """Code of a reduction of eight elements by a tree: each half is combined with the other."""
+
+    def generate(context, builder, signature, arguments):
+        value = arguments[0]
+        for half in (4, 2, 1):
+            halves = [_shuffled(builder, value, [*range(start, start + half)]) for start in (0, half)]
+            value = combine(builder, *halves)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return generate
+
+
+def _larger(builder, a, b):
+    """The larger of each two; a NaN in ``a`` stays."""
+    return builder.select(builder.fcmp_unordered("ugt", a, b), a, b)
+
+
 @intrinsic
 def total(typing, vector):
     """Sum of the eight."""
+    return vector.element(vector), _reduction(lambda builder, a, b: builder.fadd(a, b))
 
-    def generate(context, builder, signature, arguments):
-        value, indices = arguments[0], ir.IntType(32)
-        for half in (4, 2, 1):  # a tree: each half is added to the other
-            low, high = ([start + i for i in range(half)] for start in (0, half))
-            undefined = ir.Constant(value.type, ir.Undefined)
-            parts = [
-                builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(indices, half), part))
-                for part in (low, high)
-            ]
-            value = builder.fadd(*parts)
-        return builder.extract_element(value, ir.Constant(indices, 0))
 
-    return vector.element(vector), generate
+@intrinsic
+def largest(typing, vector):
+    """Maximum of the eight, unless there is a NaN."""
+    return vector.element(vector), _reduction(_larger)
 
 
 def _merged(builder, a, b, order):
@@ -250,11 +261,11 @@ for _python, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (o
 
 
 @intrinsic
-def _at_least(typing, vector, bound):
+def at_least(typing, vector, bound):
     """Elements or ``bound``, whichever is larger; NaN stays."""
 
     def generate(context, builder, signature, arguments):
-        return builder.select(builder.fcmp_unordered("ugt", *arguments), *arguments)
+        return _larger(builder, *arguments)
 
     return vector(vector, vector), generate
 
@@ -305,7 +316,7 @@ def _exp2_overload(t):
         return lambda t: _exp2_each(t)
 
     def exp2_float32(t):
-        bounded = _at_least(t, _fill(t, f4(-126.0)))
+        bounded = at_least(t, _fill(t, f4(-126.0)))
         r = _round(bounded)
         f = bounded - r
         p = _fill(t, f4(1.3264727252689482e-3))

@@ -5,7 +5,21 @@ import pytest
 from numba import njit
 from tolerances import NEGLIGIBLE
 
-from nnunetv2_dermomamba.ops.cpu_lanes import LANES, exp2_lanes, load, splat, store, total, totals
+from nnunetv2_dermomamba.ops.cpu_lanes import (
+    LANES,
+    exp2_lanes,
+    folded,
+    largest,
+    load,
+    load_pair,
+    splat,
+    splat_pair,
+    store,
+    store_pair,
+    total,
+    totals,
+    twice,
+)
 
 
 @njit
@@ -61,3 +75,36 @@ def test_totals_of_eight_rows(kind):
     out = np.empty((1, LANES), kind)
     sum_rows(a, out)
     np.testing.assert_allclose(out[0], a[3:].sum(1), rtol=1e-4)
+
+
+@njit
+def pair_arithmetic(a, factors, out, sums):
+    for t in range(a.shape[0] - 1):
+        wide = load_pair(a, t, 0) * splat_pair(factors, t, 1) + twice(load(a, t, 0))
+        store_pair(out, 2 * t, 0, exp2_lanes(splat_pair(factors, t, 0) * load_pair(a, t, 0)))
+        store(sums, t, 0, folded(wide))
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
+def test_pairs_are_two_rows(kind, tolerance):
+    generator = np.random.default_rng(0)
+    a = -np.abs(generator.standard_normal((5, LANES))).astype(kind)
+    factors = np.abs(generator.standard_normal((4, 3))).astype(kind)
+    out, sums = np.zeros((8, LANES), kind), np.zeros((4, LANES), kind)
+    pair_arithmetic(a, factors, out, sums)
+    for t in range(4):
+        rows = a[t : t + 2]
+        np.testing.assert_allclose(out[2 * t : 2 * t + 2], np.exp2(factors[t, :2, None] * rows), rtol=tolerance)
+        expected = (rows * factors[t, 1:, None] + a[t]).sum(0)
+        np.testing.assert_allclose(sums[t], expected, rtol=tolerance, atol=tolerance)
+
+
+@njit
+def maximum_of_row(a, t):
+    return largest(load(a, t, 0))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_largest_wherever_it_is(kind):
+    a = -1 - np.eye(LANES, dtype=kind)[::-1] * -0.5
+    assert [maximum_of_row(a, t) for t in range(LANES)] == [-0.5] * LANES

@@ -79,6 +79,18 @@ def test_longer_than_any_chunk() -> None:
     check(case, selective_scan_naive, selective_scan, RUNNABLE, True)
 
 
+@pytest.mark.parametrize("state", [2, 3, 8, 9, 12, 22])
+def test_any_number_of_states(state: int) -> None:
+    rng = torch.Generator().manual_seed(state)
+    x = torch.randn(2, 5, 29, 9, generator=rng, dtype=torch.float64)
+    x_proj = torch.randn(4, 1 + 2 * state, 9, generator=rng, dtype=torch.float64) / 3
+    dt_proj = torch.randn(4, 9, 1, generator=rng, dtype=torch.float64)
+    bias, D = torch.full((4, 9), -3.0, dtype=torch.float64), torch.ones(36, dtype=torch.float64)
+    A = -torch.arange(1.0, state + 1, dtype=torch.float64).repeat(36, 1)
+    case = Case(f"{state} states", [x, x_proj, dt_proj, bias, A, D])
+    check(case, selective_scan_2d_composed, selective_scan_2d, RUNNABLE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("backend", "device"), RUNNABLE)
 def test_half_precision_in_float32_inside(backend: str, device: str, dtype: torch.dtype) -> None:

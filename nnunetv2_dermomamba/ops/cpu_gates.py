@@ -1,0 +1,74 @@
+"""Numba kernels of CBAM's two gates for inference: a channels-last map is read twice and its product written once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .cpu_instance_norm import channels_last_rows, shares
+from .cpu_kernels import _OPTIONS
+from .cpu_lanes import LANES, at_least, largest, load, splat, store, total
+from .cpu_scan import _run
+
+
+@njit(**_OPTIONS)
+def _pool(rows, maximum, sums):  # type: ignore[no-untyped-def]
+    """Maximum (c) and, in runs of 64 rows to float64, sum over n of (n, c)."""
+    part, top = np.empty_like(maximum), maximum.copy()  # other threads' maxima lie in the same line of cache
+    for start in range(0, rows.shape[0], 64):
+        part[:] = 0
+        for p in range(start, min(start + 64, rows.shape[0])):
+            for c in range(rows.shape[1]):
+                value = rows[p, c]
+                part[c] += value
+                top[c] = top[c] if value <= top[c] else value
+        for c in range(rows.shape[1]):
+            sums[c] += part[c]
+    maximum[:] = top
+
+
+@njit(**_OPTIONS)
+def _gate(rows, gate, out, summary):  # type: ignore[no-untyped-def]
+    """Out = rows * gate, (n, c) times (1, c), and its maximum and mean over c, (n, 2)."""
+    channels = rows.shape[1]
+    for p in range(rows.shape[0]):
+        top = load(rows, p, 0) * load(gate, 0, 0)
+        added = splat(rows.dtype.type(0.0))
+        for c in range(0, channels, LANES):
+            value = load(rows, p, c) * load(gate, 0, c)
+            store(out, p, c, value)
+            top = at_least(value, top)
+            added = added + value
+        summary[p, 0] = largest(top)
+        summary[p, 1] = total(added) / rows.dtype.type(channels)
+
+
+def pool_positions(x: Tensor) -> Tensor:
+    """Maximum and mean over the positions of (B, C, H, W) float32, (2, B, C); a NaN is in the mean."""
+    batch, channels, height, width = x.shape
+    rows, parts = channels_last_rows(x), shares(batch, height * width, channels)
+    maxima, sums = np.full((len(parts), channels), -np.inf, np.float32), np.zeros((len(parts), channels))
+    _run(lambda i, b, part: _pool(rows[b, part], maxima[i], sums[i]), [(i, *part) for i, part in enumerate(parts)])
+    mean = sums.reshape(batch, -1, channels).sum(1) / (height * width)
+    return torch.from_numpy(np.stack([maxima.reshape(batch, -1, channels).max(1), mean.astype(np.float32)]))
+
+
+def gate_channels(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """``x * gate`` and its maximum and mean over the channels; a NaN is in the mean.
+
+    Args:
+        x: (B, C, H, W), float32, C in whole vectors.
+        gate: (B, C, 1, 1).
+
+    Returns:
+        (B, C, H, W) and (B, 2, H, W), channels last in memory.
+    """
+    batch, channels, height, width = x.shape
+    out, summary = torch.empty(batch, height, width, channels), torch.empty(batch, height, width, 2)
+    rows, gates = channels_last_rows(x), gate.reshape(batch, 1, channels).contiguous().numpy()
+    outs, summaries = out.flatten(1, 2).numpy(), summary.flatten(1, 2).numpy()
+    _run(lambda b, part: _gate(rows[b, part], gates[b], outs[b, part], summaries[b, part]),
+         shares(batch, height * width, channels))  # fmt: skip
+    return out.permute(0, 3, 1, 2), summary.permute(0, 3, 1, 2)
