@@ -164,7 +164,8 @@ def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
         type=size,
         default="192x256",
         metavar="HEIGHTxWIDTH",
-        help="resample every image to this size, or 'native' to keep their own (default: %(default)s, the paper's)",
+        help="resample every image to this size, whatever its aspect ratio, or 'native' to keep their own "
+        "(default: %(default)s, the paper's)",
     )
     parser.add_argument(
         "--normalization",

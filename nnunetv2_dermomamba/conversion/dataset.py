@@ -39,6 +39,7 @@ CHANNEL_NAMES = {"zscore": ("R", "G", "B"), "rgb_to_0_1": ("rgb_to_0_1",) * 3}
 CONVERSION_KEY = "dermomamba_conversion"  # in dataset.json, which nnU-Net copies into every trained model's folder
 CASES_FILE = "conversion.json"
 SKIPPED_FILE = "skipped_cases.txt"
+STRETCH = 1.05  # a change of width over height up to this is not worth a line; 4:3 from 3:2 is 1.125
 JOURNAL_FORMAT = 1  # a journal of another format, or with another shape, is not resumed
 
 
@@ -122,6 +123,7 @@ def convert_dataset(
                 f"No data set was written; the cases already converted wait in {str(partial)!r} for the next run."
             )
         _finish(staging, records, problems, description, options)
+        _say_what_was_stretched(records)
         before_publishing(sorted(record["case"] for record in records if record["subset"] == "training"))
         if hasattr(os, "sync"):
             os.sync()  # so that after a power cut, too, what has its final name is whole
@@ -247,6 +249,20 @@ def _finish(
                 sub_folder.rmdir()
         elif sub_folder.name.startswith(".writing-"):
             sub_folder.unlink()
+
+
+def _say_what_was_stretched(records: list[dict]) -> None:
+    changes = [
+        (record["shape"][1] / record["shape"][0]) / (record["original_shape"][1] / record["original_shape"][0])
+        for record in records
+    ]
+    stretched = sum(max(change, 1 / change) > STRETCH for change in changes)
+    if stretched:
+        print(
+            f"{stretched} of {len(records)} images had their aspect ratio changed by more than {STRETCH - 1:.0%} to "
+            "fit the common size, and their masks alike. `dermomamba predict` does the same to photographs and resizes "
+            "its masks back to them."
+        )
 
 
 def _read_journal(journal: Path, settings: dict) -> dict[str, dict] | None:

@@ -1,32 +1,4 @@
-"""Metrics of one binary mask against its ground truth.
-
-With TP, FP, FN, TN the pixel counts of one image and one class:
-
-=================== =================================================================================================
-dice (DSC)          2 TP / (2 TP + FP + FN)
-iou                 TP / (TP + FP + FN), the Jaccard index
-precision           TP / (TP + FP)
-recall              TP / (TP + FN), the sensitivity
-specificity         TN / (TN + FP)
-thresholded_jaccard iou if it is at least 0.65, else 0: the ranking metric of the ISIC 2018 challenge, task 1
-hd95                larger of the two directed 95th percentiles of contour distance, pixels
-assd                average symmetric surface distance: mean over the pixels of both contours, pixels
-boundary_f1         F1 of the contour pixels that lie within a tolerance of the other contour (Csurka et al., "What is
-                    a good evaluation measure for semantic segmentation?", BMVC 2013)
-soft_dice           2 sum(p g) / (sum p + sum g) with the probability p instead of a mask
-=================== =================================================================================================
-
-Empty masks:
-
-- Prediction and ground truth both empty: dice, iou, precision, recall, distances and boundary F1 are undefined (NaN, as
-  in ``nnUNetv2_evaluate_folder``), left out of means and counted; thresholded_jaccard is 1, as the challenge scores it.
-- Only one of them empty: dice, iou, precision, recall and boundary F1 are 0 and both distances are the image's
-  diagonal, the largest distance possible, so that a missed lesion weighs in every mean.
-- Ground truth without background: specificity is undefined.
-
-The contour is the set of mask pixels with a 4-neighbour outside the mask; beyond the image's edge counts as outside.
-Distances are exact (SciPy's k-d tree over the contour pixels) and in pixels of the ground truth.
-"""
+"""Metrics of one binary mask against its ground truth, as `DEFINITIONS` and `NOTES` define them."""
 
 from __future__ import annotations
 
@@ -39,7 +11,9 @@ from scipy.spatial import KDTree
 
 __all__ = [
     "BOUNDARY_TOLERANCE",
+    "DEFINITIONS",
     "JACCARD_THRESHOLD",
+    "NOTES",
     "confusion",
     "contour_metrics",
     "mask_metrics",
@@ -50,6 +24,32 @@ __all__ = [
 JACCARD_THRESHOLD = 0.65  # ISIC 2018 task 1
 BOUNDARY_TOLERANCE = 0.0075  # of the image's diagonal, Csurka et al. 2013
 AUTHORS_THRESHOLD = 1 / (1 + math.exp(-0.5))  # the DermoMamba code cuts the *logit* at 0.5 for precision and recall
+
+# The report shows both to its readers. TP, FP, FN, TN are the pixel counts of one image and one class.
+DEFINITIONS = {
+    "dice": "2 TP / (2 TP + FP + FN)",
+    "iou": "TP / (TP + FP + FN), the Jaccard index",
+    "precision": "TP / (TP + FP)",
+    "recall": "TP / (TP + FN), the sensitivity",
+    "specificity": "TN / (TN + FP)",
+    "thresholded_jaccard": "IoU if it is at least 0.65, else 0: the ranking metric of the ISIC 2018 challenge, task 1",
+    "hd95": "larger of the two directed 95th percentiles of contour distance",
+    "assd": "average symmetric surface distance: mean over the pixels of both contours",
+    "boundary_f1": "F1 of the contour pixels that lie within a tolerance of the other contour (Csurka et al., What is "
+    "a good evaluation measure for semantic segmentation?, BMVC 2013)",
+    "soft_dice": "2 sum(p g) / (sum p + sum g) with the probability p instead of a mask, and the ground truth g",
+    "authors_precision": "precision of the probability cut at a logit of 0.5, as the DermoMamba authors' code cuts it",
+    "authors_recall": "recall, cut likewise",
+}
+NOTES = (
+    "Prediction and ground truth both empty: DSC, IoU, precision, recall, distances and boundary F1 are undefined, as "
+    "in nnUNetv2_evaluate_folder, left out of means and counted; thresholded Jaccard is 1, as the challenge scores it.",
+    "Only one of them empty: DSC, IoU, precision, recall and boundary F1 are 0 and both distances are the image's "
+    "diagonal, the largest distance possible, so that a missed lesion weighs in every mean.",
+    "Ground truth without background: specificity is undefined.",
+    "The contour is the set of mask pixels with a 4-neighbour outside the mask; beyond the image's edge counts as "
+    "outside. Distances are exact and in pixels of the ground truth.",
+)
 
 
 def confusion(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, int]:

@@ -83,14 +83,14 @@ def format_table(evaluation: Evaluation, cost: Cost | None = None) -> str:
 
 def paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[list[str]]:
     """The paper's table for one class, its heading first; a row of intervals starts with a space."""
-    size = [f"{cost.parameters / 1e6:.2f}", f"{cost.operations / 1e9:.2f}"] if cost else ["n/a", "n/a"]
-    rows = [["", "Params (M)", "Ops (G)", *(METRICS[metric].title for metric in PAPER)]]
+    size = {"Params (M)": f"{cost.parameters / 1e6:.2f}", "Ops (G)": f"{cost.operations / 1e9:.2f}"} if cost else {}
+    rows = [["", *size, *(METRICS[metric].title for metric in PAPER)]]
     for kind, title in KINDS.items():
         if kind not in evaluation.figures[label]:
             continue
         figures = evaluation.figures[label][kind]
-        rows.append([title, *size, *(METRICS[m].show(figures[m].value) for m in PAPER)])
-        rows.append(["  95 % interval", "", "", *(_interval(m, figures[m]) for m in PAPER)])
+        rows.append([title, *size.values(), *(METRICS[m].show(figures[m].value) for m in PAPER)])
+        rows.append(["  95 % interval", *("" for _ in size), *(_interval(m, figures[m]) for m in PAPER)])
     return rows
 
 

@@ -11,8 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nnunetv2_dermomamba import __version__
-from nnunetv2_dermomamba.evaluation import metrics as definitions
 from nnunetv2_dermomamba.evaluation.evaluate import Evaluation
+from nnunetv2_dermomamba.evaluation.metrics import DEFINITIONS, NOTES
 from nnunetv2_dermomamba.evaluation.output import METRICS, metric_rows, paper_rows, remarks, write_text
 from nnunetv2_dermomamba.info import Cost
 
@@ -48,7 +48,8 @@ def write_report(
         subtitle=f"{predictions} against {ground_truth}; dermomamba {__version__}",
         blocks=[_block(evaluation, label, cost) for label in evaluation.settings.classes],
         remarks=remarks(evaluation),
-        definitions=definitions.__doc__,
+        definitions={METRICS[metric].title: DEFINITIONS[metric] for metric in evaluation.metrics},
+        notes=NOTES,
         data=_data(evaluation),
         style=Markup((templates / "report.css").read_text("utf-8")),
         script=Markup((templates / "report.js").read_text("utf-8")),

@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disable_tta", action="store_true", help="do not average over flipped images: up to 4 times as fast"
     )
-    parser.add_argument("--overlay", action="store_true", help="write NAME_overlay.jpg, the contour on the photograph")
+    parser.add_argument(
+        "--overlay",
+        action="store_true",
+        help="write NAME_overlay.jpg, the photograph with the predicted mask's contour in green (several classes, in "
+        "their order: green, blue, yellow, magenta, orange)",
+    )
     parser.add_argument(
         "--probabilities",
         action="store_true",

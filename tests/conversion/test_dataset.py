@@ -231,6 +231,21 @@ def test_a_write_that_fails_at_any_step(isic, raw, capsys, monkeypatch, number, 
     assert os.listdir(raw) == [NAME]
 
 
+def test_says_once_how_many_images_were_stretched(isic, raw, capsys):
+    isic.add("same", "also")
+    isic.add("nearly", shape=(72, 100))  # 4 % wider
+    assert convert(isic, workers=2) == 0
+    assert "aspect ratio" not in capsys.readouterr().out
+    isic.add("square", shape=(80, 80))
+    isic.add("upright", shape=(96, 72), subset="test")
+    assert convert(isic, "--overwrite", workers=2) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "aspect ratio" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("2 of 5 images")
+    assert convert(isic, "--overwrite", "--size", "native") == 0
+    assert "aspect ratio" not in capsys.readouterr().out
+
+
 def test_what_must_precede_publication_can_stop_it(isic, raw):
     isic.add("a")
 

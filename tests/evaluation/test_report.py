@@ -152,6 +152,40 @@ def test_the_last_bar_holds_what_lies_beyond_the_axis(browser, tmp_path):
     assert names(browser)[0] == "case_0"
 
 
+def test_distributions_share_their_axes(opened):
+    axes = [figure.find_element("css selector", ".axis").text for figure in find(opened, ".histogram")]
+    assert len({axis.replace("≥ ", "") for axis in axes}) == 2  # one of per cent, one of pixels
+    bars = find(opened, ".histogram g")
+    counts = [int(re.search(r": (\d+) images", bar.get_attribute("aria-label"))[1]) for bar in bars]
+    heights = [float(bar.find_element("css selector", "rect").get_attribute("height")) for bar in bars]
+    assert heights == pytest.approx([98 * count / max(counts) for count in counts])
+    assert find(opened, "#tallest")[0].text == str(max(counts))
+
+
+def test_figures_are_defined_in_words(opened, page):
+    opened.execute_script("document.querySelector('details').open = true")
+    defined = [term.text for term in find(opened, "details dt")]
+    assert defined == [row.text for row in find(opened, ".scroll:nth-of-type(2) tbody th")]
+    assert "``" not in page.read_text()
+    assert "====" not in page.read_text()
+
+
+def test_no_column_is_without_figures(opened):
+    cells = "[...table.rows].slice(1).map((row) => row.cells[i].textContent.trim())"
+    columns = opened.execute_script(
+        "return [...document.querySelectorAll('.scroll table')].flatMap((table) =>"
+        f"[...table.rows[0].cells].map((_, i) => {cells}))"
+    )
+    assert [column for column in columns if set(column) <= {"", "n/a", "-"}] == []
+
+
+def test_a_legend_stands_above_the_pictures(opened):
+    key = find(opened, "#cases ~ .key")[0]
+    assert key.is_displayed()
+    assert "ground truth" in key.text
+    assert "prediction" in key.text
+
+
 def test_pictures_have_both_contours(opened, cases):
     set_field(opened, "name", "case_0")
     opened.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 200))")
@@ -181,6 +215,8 @@ def test_opens_a_case_by_mouse_and_walks_by_keyboard(opened):
     assert "no prediction" in find(opened, "#viewer-message")[0].text
     opened.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert find(opened, "#viewer[open]") == []
+    # The focus moves in the dialog's close event, which comes a moment after it has closed.
+    opened.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 200))")
     assert opened.switch_to.active_element.find_element("css selector", ".name").text == order[0]
     opened.switch_to.active_element.send_keys(Keys.ENTER)
     assert find(opened, "#viewer[open] #viewer-name")[0].text == order[0]

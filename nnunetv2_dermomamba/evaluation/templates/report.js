@@ -125,21 +125,34 @@ function showContours() {
 
 // ---- distributions ----
 
-/** Where the axis starts and ends; the few distances far beyond the rest go into the last bar. */
-function niceRange(metric, values) {
-  if (metric.unit === "%") return [Math.min(95, Math.floor(Math.min(...values) / 5) * 5), 100];
+/** A metric's values, those of undefined ones left out. */
+const valuesOf = (metric) => cases.map((item) => valueOf(item, metric.key)).filter((value) => value !== null);
+
+/** Where the axis of these values would start and end; the few distances far beyond the rest go into the last bar. */
+function niceRange(unit, values) {
+  if (unit === "%") return [Math.min(95, Math.floor(Math.min(...values) / 5) * 5), 100];
   const usual = [...values].sort((a, b) => a - b)[Math.floor(0.98 * (values.length - 1))];
   const step = 10 ** Math.floor(Math.log10(Math.max(usual, 1)));
   return [0, Math.ceil((1.05 * usual) / step) * step || 1];
 }
 
-function histogram(metric) {
-  const values = cases.map((item) => valueOf(item, metric.key)).filter((value) => value !== null);
-  if (!values.length) return null;
-  const [low, high] = niceRange(metric, values);
+/** The axis that all metrics of a unit share, so that their distributions can be compared. */
+function rangeOf(unit) {
+  const values = metrics.filter((metric) => metric.unit === unit).map(valuesOf).filter((some) => some.length);
+  const [lows, highs] = [0, 1].map((end) => values.map((some) => niceRange(unit, some)[end]));
+  return [Math.min(...lows), Math.max(...highs)];
+}
+
+function countsOf(metric) {
+  const [low, high] = rangeOf(metric.unit);
   const counts = new Array(BINS).fill(0);
-  for (const value of values) counts[Math.min(BINS - 1, Math.floor(((value - low) / (high - low)) * BINS))] += 1;
-  const most = Math.max(...counts);
+  for (const value of valuesOf(metric)) counts[Math.min(BINS - 1, Math.floor(((value - low) / (high - low)) * BINS))] += 1;
+  return counts;
+}
+
+function histogram(metric, counts, most) {
+  const [low, high] = rangeOf(metric.unit);
+  const values = valuesOf(metric);
   const largest = Math.max(...values);
   const svg = svgElement("svg", { viewBox: `0 0 ${BINS} 100`, preserveAspectRatio: "none" });
   for (const [bin, count] of counts.entries()) {
@@ -171,8 +184,11 @@ function histogram(metric) {
 }
 
 function drawHistograms() {
-  const drawn = metrics.map(histogram).filter((figure) => figure !== null);
-  document.getElementById("histograms").replaceChildren(...drawn);
+  const defined = metrics.filter((metric) => valuesOf(metric).length);
+  const counts = defined.map(countsOf);
+  const most = Math.max(...counts.flat());
+  document.getElementById("tallest").textContent = most;
+  document.getElementById("histograms").replaceChildren(...defined.map((metric, index) => histogram(metric, counts[index], most)));
 }
 
 function filterBy(metric, low, high) {
