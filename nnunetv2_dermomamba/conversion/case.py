@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nnunetv2_dermomamba.conversion.images import SIDEWAYS, TRANSPOSE, Photograp
 from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.conversion.pairing import Case, Problem
 from nnunetv2_dermomamba.conversion.resample import resize_mask
+from nnunetv2_dermomamba.files import write_file
 
 __all__ = ["convert_case", "output_files", "write_png"]
 
@@ -75,14 +75,7 @@ def write_png(image: Image.Image, path: Path) -> None:
     """
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_type=zlib.Z_RLE)
-    # Beside the sub-folders, and short, because the case's own name may already be as long as a name can be.
-    temporary = path.parent.parent / f".writing-{os.getpid()}"
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_file(path, buffer.getbuffer())
 
 
 def _mask_of(path: Path, photograph: Photograph) -> Image.Image:

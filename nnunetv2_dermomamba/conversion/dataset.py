@@ -245,8 +245,6 @@ def _finish(
                     file.unlink()
             with contextlib.suppress(OSError):
                 sub_folder.rmdir()
-        elif sub_folder.name.startswith(".writing-"):
-            sub_folder.unlink()
 
 
 def _read_journal(journal: Path, settings: dict) -> dict[str, dict] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nnunetv2_dermomamba.predict.outputs import write_atomically
+from nnunetv2_dermomamba.files import write_file
 
 __all__ = ["Journal", "read_journal"]
 
@@ -21,7 +21,7 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict, entries: dict[str, dict]):
         lines = [settings, *entries.values()]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.entries = entries
         self._file = path.open("a")
 

@@ -7,7 +7,6 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 
+from nnunetv2_dermomamba.files import write_file
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
 from nnunetv2_dermomamba.predict.photos import OVERLAY_ENDING
 
@@ -23,14 +23,11 @@ __all__ = [
     "Outputs",
     "draw_overlay",
     "measure",
-    "remove_unfinished",
-    "write_atomically",
     "write_csv",
     "write_overlay",
     "write_png",
 ]
 
-UNFINISHED = ".writing-"
 MAX_NAME_BYTES = 255  # of one file name, on common file systems
 OVERLAY_QUALITY = 90
 CONTOUR_SHARE = 1 / 400  # of the shorter side, on each side of the edge
@@ -84,28 +81,6 @@ class Outputs:
         return f"its name is too long by {excess} bytes for its results; rename it" if excess > 0 else None
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that appears under its name only when it is complete.
-
-    Raises:
-        OSError: It cannot be written; nothing is left.
-    """
-    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}")  # short, since the name may be as long as a name can be
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_unfinished(folders: Iterable[Path]) -> None:
-    """Remove what a killed run was writing."""
-    for folder in folders:
-        for file in folder.glob(f"{UNFINISHED}*"):
-            file.unlink(missing_ok=True)
-
-
 def write_png(pixels: np.ndarray, path: Path) -> None:
     """Write a uint8 or uint16 array of shape (height, width) as greyscale PNG.
 
@@ -116,7 +91,7 @@ def write_png(pixels: np.ndarray, path: Path) -> None:
     # Masks are long runs; probabilities are smooth, which deflate's own matching at level 1 takes better.
     compression: dict[str, int] = {"compress_type": zlib.Z_RLE} if pixels.dtype == np.uint8 else {"compress_level": 1}
     Image.fromarray(pixels).save(buffer, "PNG", **compression)
-    write_atomically(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def write_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes, path: Path) -> None:
@@ -127,7 +102,7 @@ def write_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes, path
     """
     buffer = io.BytesIO()
     draw_overlay(photo, labels, classes).save(buffer, "JPEG", quality=OVERLAY_QUALITY)
-    write_atomically(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def draw_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes) -> Image.Image:
@@ -211,4 +186,4 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    write_file(path, text.getvalue().encode("utf-8", "backslashreplace"))

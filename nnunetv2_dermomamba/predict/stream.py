@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.files import remove_unfinished, write_file
 from nnunetv2_dermomamba.predict.journal import Journal, read_journal
 from nnunetv2_dermomamba.predict.native import render
 from nnunetv2_dermomamba.predict.outputs import (
     Outputs,
     measure,
-    remove_unfinished,
-    write_atomically,
     write_csv,
     write_overlay,
     write_png,
@@ -113,7 +112,7 @@ def predict_photos(
     failed = outputs.folder / FAILED_FILE
     if report.failed:
         text = "".join(f"{error}\n" for error in report.failed)
-        write_atomically(failed, text.encode("utf-8", "backslashreplace"))
+        write_file(failed, text.encode("utf-8", "backslashreplace"))
     else:
         failed.unlink(missing_ok=True)
     return report
