@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ __all__ = [
     "measure",
     "write_csv",
     "write_overlay",
-    "write_png",
 ]
 
 MAX_NAME_BYTES = 255  # of one file name, on common file systems
@@ -79,19 +77,6 @@ class Outputs:
         """Why the file system would not take a photograph's results, if so."""
         excess = max(len(os.fsencode(file.name)) for file in self.files(name, classes)) - MAX_NAME_BYTES
         return f"its name is too long by {excess} bytes for its results; rename it" if excess > 0 else None
-
-
-def write_png(pixels: np.ndarray, path: Path) -> None:
-    """Write a uint8 or uint16 array of shape (height, width) as greyscale PNG.
-
-    Raises:
-        OSError: It cannot be written; nothing is left.
-    """
-    buffer = io.BytesIO()
-    # Masks are long runs; probabilities are smooth, which deflate's own matching at level 1 takes better.
-    compression: dict[str, int] = {"compress_type": zlib.Z_RLE} if pixels.dtype == np.uint8 else {"compress_level": 1}
-    Image.fromarray(pixels).save(buffer, "PNG", **compression)
-    write_file(path, buffer.getbuffer())
 
 
 def write_overlay(photo: Image.Image, labels: np.ndarray, classes: Classes, path: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.files import remove_unfinished, write_file
+from nnunetv2_dermomamba.png import write_png
 from nnunetv2_dermomamba.predict.journal import Journal, read_journal
 from nnunetv2_dermomamba.predict.native import render
 from nnunetv2_dermomamba.predict.outputs import (
@@ -23,7 +25,6 @@ from nnunetv2_dermomamba.predict.outputs import (
     measure,
     write_csv,
     write_overlay,
-    write_png,
 )
 from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
 from nnunetv2_dermomamba.predict.predictor import Predictor, Prepared
@@ -243,10 +244,12 @@ def _write(
         maps = render(prediction, np.uint16).probability
         assert maps is not None
         for pixels, file in zip(maps, outputs.probability_files(name, classes), strict=True):
-            write_png(pixels, file)
+            write_png(Image.fromarray(pixels), file)
         del maps, pixels
     # A viewer shows 255 as white; several labels are kept as they are.
-    write_png(rendered.labels if len(classes.values) > 1 else (rendered.labels != 0) * np.uint8(255), mask)
+    write_png(
+        Image.fromarray(rendered.labels if len(classes.values) > 1 else (rendered.labels != 0) * np.uint8(255)), mask
+    )
     seconds += time.perf_counter() - start
     origin = {
         "photo": str(read.photo.path),

@@ -131,14 +131,14 @@ def test_a_photograph_is_never_overwritten(photos, unet, tmp_path, capsys):
 def test_a_disk_full_or_read_only_meanwhile_stops_the_run_without_half_files(
     photos, unet, tmp_path, capsys, monkeypatch, number
 ):
-    whole = outputs.os.replace
+    whole = os.replace
 
     def full(source, target):
         if str(target).endswith("皮膚_mask.png"):
             raise OSError(number, os.strerror(number), str(target))
         whole(source, target)
 
-    monkeypatch.setattr(outputs.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert predict(photos, tmp_path / "out", unet) == 2
     message = capsys.readouterr().err
     assert os.strerror(number) in message
