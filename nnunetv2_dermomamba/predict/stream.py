@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.files import remove_unfinished, write_file
+from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
 from nnunetv2_dermomamba.png import write_png
-from nnunetv2_dermomamba.predict.journal import Journal, read_journal
 from nnunetv2_dermomamba.predict.native import render
 from nnunetv2_dermomamba.predict.outputs import (
     Outputs,
@@ -102,11 +103,8 @@ def predict_photos(
         else:
             todo.append(photo)
     progress(report.skipped)
-    journal = Journal(outputs.folder / JOURNAL_FILE, settings, entries)
-    try:
+    with closing(Journal(outputs.folder / JOURNAL_FILE, settings, entries)) as journal:
         _stream(predictor, todo, outputs, journal, report, progress)
-    finally:
-        journal.close()
     if table:
         named = [journal.entries[photo.name] for photo in photos if photo.name in journal.entries]
         write_csv([row for entry in named for row in entry["rows"]], outputs.folder / CSV_FILE)
@@ -142,16 +140,11 @@ def _resumable(path: Path, settings: dict) -> dict[str, dict]:
     return earlier[1]
 
 
-def _fingerprint(path: Path) -> list:
-    status = path.stat()
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
-
-
 def _is_done(photo: Photo, entry: dict | None, outputs: Outputs, predictor: Predictor) -> bool:
     if entry is None:
         return False
     try:
-        same = entry["fingerprint"] == _fingerprint(photo.path)
+        same = entry["fingerprint"] == fingerprint(photo.path)
     except OSError:
         return False
     return same and all(file.is_file() for file in outputs.files(photo.name, predictor.classes))
@@ -216,11 +209,11 @@ def _read(predictor: Predictor, photo: Photo, outputs: Outputs) -> _Read:
     if problem := outputs.name_problem(photo.name, predictor.classes):
         raise ImageReadError(photo.path, problem)
     try:
-        fingerprint = _fingerprint(photo.path)
+        read_from = fingerprint(photo.path)
     except OSError as error:
         raise ImageReadError(photo.path, error.strerror or str(error)) from error
     prepared = predictor.read(photo.path)
-    return _Read(photo, fingerprint, prepared, time.perf_counter() - start)
+    return _Read(photo, read_from, prepared, time.perf_counter() - start)
 
 
 def _write(
