@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 
+from nnunetv2_dermomamba.conversion.pairing import MAX_NAME_BYTES
 from nnunetv2_dermomamba.files import write_file
 from nnunetv2_dermomamba.predict.native import Classes, Rendered
 from nnunetv2_dermomamba.predict.photos import OVERLAY_ENDING
@@ -26,7 +27,6 @@ __all__ = [
     "write_overlay",
 ]
 
-MAX_NAME_BYTES = 255  # of one file name, on common file systems
 OVERLAY_QUALITY = 90
 CONTOUR_SHARE = 1 / 400  # of the shorter side, on each side of the edge
 COLOURS = ((0, 255, 136), (0, 170, 255), (255, 214, 0), (255, 64, 200), (255, 120, 0))
