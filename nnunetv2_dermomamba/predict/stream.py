@@ -20,16 +20,13 @@ from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.files import remove_unfinished, write_file
 from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
 from nnunetv2_dermomamba.png import write_png
-from nnunetv2_dermomamba.predict.native import render
-from nnunetv2_dermomamba.predict.outputs import (
-    Outputs,
-    measure,
-    write_csv,
-    write_overlay,
-)
+from nnunetv2_dermomamba.predict.measurements import measure, write_csv
+from nnunetv2_dermomamba.predict.outputs import Outputs
+from nnunetv2_dermomamba.predict.overlay import write_overlay
 from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
 from nnunetv2_dermomamba.predict.predictor import Predictor, Prepared
 from nnunetv2_dermomamba.predict.reading import read_photo
+from nnunetv2_dermomamba.predict.rendering import render
 
 __all__ = ["Report", "predict_photos"]
 
