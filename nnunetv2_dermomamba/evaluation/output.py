@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_dermomamba import __version__
+from nnunetv2_dermomamba.cost import Cost
 from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, PER_IMAGE, POOLED
 from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
 from nnunetv2_dermomamba.files import write_file
-from nnunetv2_dermomamba.info import Cost
 
 __all__ = [
     "METRICS",
