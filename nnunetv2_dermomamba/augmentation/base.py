@@ -76,6 +76,11 @@ class PlaneTransform(BatchTransform):
         return image, segmentation
 
 
+def channels_drawn(shape: torch.Size, synchronize: bool) -> tuple[int, int]:
+    """Shape (samples, channels) of independent draws: one channel's where channels share it."""
+    return shape[0], 1 if synchronize else shape[1]
+
+
 def per_plane(values: torch.Tensor) -> torch.Tensor:
     """(n,) as (n, 1, 1), to combine with planes."""
     return values[:, None, None]

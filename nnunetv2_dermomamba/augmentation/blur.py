@@ -7,8 +7,7 @@ import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import _compute_kernel_size
 from torch.nn.functional import pad
 
-from .base import Parameters, PlaneTransform, per_plane
-from .intensity import channels_drawn
+from .base import Parameters, PlaneTransform, channels_drawn, per_plane
 from .parameters import Sampler
 
 TRUNCATE = 6  # width of the kernel in standard deviations, GaussianBlurTransform's

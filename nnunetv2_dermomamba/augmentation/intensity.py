@@ -5,15 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .base import Parameters, PlaneTransform, per_plane
+from .base import Parameters, PlaneTransform, channels_drawn, per_plane
 from .parameters import Sampler
 
 EPSILON = 1e-7  # GammaTransform's, against division by zero in constant planes
-
-
-def channels_drawn(shape: torch.Size, synchronize: bool) -> tuple[int, int]:
-    """Shape (samples, channels) of independent draws: one channel's where channels share it."""
-    return shape[0], 1 if synchronize else shape[1]
 
 
 def plane_statistics(planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .base import Parameters, PlaneTransform
-from .intensity import channels_drawn
+from .base import Parameters, PlaneTransform, channels_drawn
 from .parameters import Sampler
 
 

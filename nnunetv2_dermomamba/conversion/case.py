@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import zlib
 from pathlib import Path
 
 from PIL import Image
@@ -14,8 +11,9 @@ from nnunetv2_dermomamba.conversion.images import SIDEWAYS, TRANSPOSE, Photograp
 from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.conversion.pairing import Case, Problem
 from nnunetv2_dermomamba.conversion.resample import resize_mask
+from nnunetv2_dermomamba.png import write_png
 
-__all__ = ["convert_case", "output_files", "write_png"]
+__all__ = ["convert_case", "output_files"]
 
 
 def output_files(case: Case) -> tuple[str, ...]:
@@ -66,23 +64,6 @@ def convert_case(case: Case, folder: Path, shape: tuple[int, int] | None) -> dic
         "original_shape": list(photograph.original_shape),
         "shape": list(photograph.image.size[::-1]),
     }
-
-
-def write_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG that appears under its name only when it is complete.
-
-    Run-length compression takes a seventh of the time of Pillow's default on photographs, for files no larger.
-    """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_type=zlib.Z_RLE)
-    # Beside the sub-folders, and short, because the case's own name may already be as long as a name can be.
-    temporary = path.parent.parent / f".writing-{os.getpid()}"
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _mask_of(path: Path, photograph: Photograph) -> Image.Image:

@@ -21,10 +21,10 @@ from nnunetv2_dermomamba.conversion.dataset import (
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.pairing import Inventory
 from nnunetv2_dermomamba.conversion.paper_split import PAPER_CASES, paper_split, write_paper_split
+from nnunetv2_dermomamba.conversion.resample import MAX_SIDE
 
 __all__ = ["DatasetKind", "run", "size"]
 
-MAX_SIDE = 8192
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nnunetv2_dermomamba.conversion.case import convert_case, output_files
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.pairing import Case, Inventory, Problem
+from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
 
 try:
     import fcntl
@@ -40,7 +41,7 @@ CONVERSION_KEY = "dermomamba_conversion"  # in dataset.json, which nnU-Net copie
 CASES_FILE = "conversion.json"
 SKIPPED_FILE = "skipped_cases.txt"
 STRETCH = 1.05  # a change of width over height up to this is not worth a line; 4:3 from 3:2 is 1.125
-JOURNAL_FORMAT = 1  # a journal of another format, or with another shape, is not resumed
+JOURNAL_FORMAT = 2  # a journal of another format, or with another shape, is not resumed
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,13 @@ def convert_dataset(
 
 def _convert_cases(inventory: Inventory, partial: Path, options: Options) -> tuple[list[dict], list[Problem]]:
     settings = {"format": JOURNAL_FORMAT, "shape": options.shape and list(options.shape)}
-    staging, journal = partial / "dataset", partial / "journal.jsonl"
-    done = _read_journal(journal, settings)
-    if done is None:
-        _remove(staging)
-        journal.write_text(json.dumps(settings) + "\n")
+    staging, file = partial / "dataset", partial / "journal.jsonl"
+    earlier = read_journal(file)
+    if earlier is not None and earlier[0] == settings:
+        done = earlier[1]
+    else:
         done = {}
+        _remove(staging)
     for case in inventory.cases:
         for path in output_files(case):
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
@@ -151,19 +153,20 @@ def _convert_cases(inventory: Inventory, partial: Path, options: Options) -> tup
     for case in inventory.cases:
         entry = done.get(case.case_id)
         whole = all((staging / path).exists() for path in output_files(case))
-        if whole and entry is not None and entry["inputs"] == _fingerprint(case):
+        if whole and entry is not None and entry["inputs"] == _fingerprints(case):
             records.append(entry["record"])
         else:
             todo.append(case)
-    with journal.open("a") as log, tqdm(total=len(inventory.cases), initial=len(records), unit="case") as bar:
+    with (
+        contextlib.closing(Journal(file, settings, done)) as journal,
+        tqdm(total=len(inventory.cases), initial=len(records), unit="case") as bar,
+    ):
         for case, result in _run(todo, staging, options):
             if isinstance(result, Problem):
                 problems.append(result)
             else:
                 records.append(result)
-                entry = {"case": case.case_id, "inputs": _fingerprint(case), "record": result}
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
+                journal.add({"name": case.case_id, "inputs": _fingerprints(case), "record": result})
             bar.update()
     return records, problems
 
@@ -247,8 +250,6 @@ def _finish(
                     file.unlink()
             with contextlib.suppress(OSError):
                 sub_folder.rmdir()
-        elif sub_folder.name.startswith(".writing-"):
-            sub_folder.unlink()
 
 
 def _say_what_was_stretched(records: list[dict]) -> None:
@@ -265,22 +266,8 @@ def _say_what_was_stretched(records: list[dict]) -> None:
         )
 
 
-def _read_journal(journal: Path, settings: dict) -> dict[str, dict] | None:
-    """Finished cases by identifier, or None if there is nothing to resume."""
-    if not journal.exists():
-        return None
-    lines = []
-    for line in journal.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the line a kill cut short, and one that was appended to it
-            lines.append(json.loads(line))
-    if not lines or lines[0] != settings:
-        return None
-    return {entry["case"]: entry for entry in lines[1:]}
-
-
-def _fingerprint(case: Case) -> list[list]:
-    files = [file for file in (case.image, case.mask) if file is not None]
-    return [[os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def _fingerprints(case: Case) -> list[list]:
+    return [fingerprint(file) for file in (case.image, case.mask) if file is not None]
 
 
 @contextlib.contextmanager

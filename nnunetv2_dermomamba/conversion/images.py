@@ -23,7 +23,17 @@ from PIL import Image
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.conversion.resample import resize_image
 
-__all__ = ["FORMATS", "MAX_PIXELS", "Photograph", "open_image", "read_photograph", "read_rgb"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "Photograph",
+    "exif_orientation",
+    "has_alpha",
+    "open_image",
+    "read_photograph",
+    "read_rgb",
+    "turn_upright",
+]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 MAX_PIXELS = 80_000_000  # ISIC's largest image has 30 million; below Pillow's own warning, and 240 MB as RGB
@@ -130,7 +140,7 @@ def read_photograph(path: str | Path, shape: tuple[int, int] | None = None) -> P
         ImageReadError: The file is damaged or has no single right reading.
     """
     with open_image(path) as image:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = exif_orientation(image)
         stored_size = image.size
         if shape is not None and image.format in ("JPEG", "MPO"):
             height, width = shape[::-1] if orientation in SIDEWAYS else shape
@@ -145,6 +155,16 @@ def read_photograph(path: str | Path, shape: tuple[int, int] | None = None) -> P
         if shape is not None:
             upright = resize_image(upright, shape)
         return Photograph(upright, (height, width), orientation)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation: a key of `TRANSPOSE`; another number means upright."""
+    return image.getexif().get(EXIF_ORIENTATION, 1)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether pixels of an image may be translucent."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
 def turn_upright(image: Image.Image, pixels: Image.Image, orientation: int) -> Image.Image:
@@ -191,7 +211,7 @@ def _open_without_blocking(path: str, flags: int) -> int:
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
             raise ImageReadError(path, "has translucent pixels, whose colour depends on the background; flatten it")

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, open_image, turn_upright
+from nnunetv2_dermomamba.conversion.images import exif_orientation, open_image, turn_upright
 
 __all__ = ["read_mask"]
 
@@ -35,7 +35,7 @@ def read_mask(path: str | Path) -> Image.Image:
         ImageReadError: The file is damaged, has no single right reading as a mask, or marks no lesion.
     """
     with open_image(path) as image:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = exif_orientation(image)
         image.load()
         mask = _binary(image, path)
         if mask.getbbox() is None:

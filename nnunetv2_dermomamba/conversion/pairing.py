@@ -10,7 +10,17 @@ from pathlib import Path
 
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 
-__all__ = ["IMAGE_SUFFIXES", "Case", "Inventory", "Problem", "find_folder", "image_files", "merge", "pair"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_NAME_BYTES",
+    "Case",
+    "Inventory",
+    "Problem",
+    "find_folder",
+    "image_files",
+    "merge",
+    "pair",
+]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 MAX_NAME_BYTES = 255  # of one file name, on common file systems

@@ -9,11 +9,11 @@ training cases of ISIC 2018 the same rule is applied, but it does not give the p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.files import write_file
 
 __all__ = ["PAPER_CASES", "paper_split", "write_paper_split"]
 
@@ -63,11 +63,5 @@ def write_paper_split(case_ids: Sequence[str], folder: Path, overwrite: bool = F
     if file.exists() and not overwrite and json.loads(file.read_text()) != json.loads(text):
         raise ConversionError(f"{str(file)!r} holds another split. Remove it, or give --overwrite to replace it.")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".splits-{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_file(file, text.encode())
     return file

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-__all__ = ["IMAGE_FILTER", "REDUCING_GAP", "resize_image", "resize_mask"]
+__all__ = ["IMAGE_FILTER", "MAX_SIDE", "REDUCING_GAP", "resize_image", "resize_mask"]
 
+MAX_SIDE = 8192  # pixels of what may be asked for
 IMAGE_FILTER = Image.Resampling.LANCZOS
 # Pillow first averages whole blocks down to this many times the wanted size: 7 times as fast as the filter alone on
 # 12 megapixels, at a mean difference of 0.25 grey levels (benchmarks/conversion.py).

@@ -129,7 +129,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     cost = None
     if args.model:
-        from nnunetv2_dermomamba.info import count_cost, trained_model
+        from nnunetv2_dermomamba.cost import count_cost
+        from nnunetv2_dermomamba.info import trained_model
 
         model = trained_model(args.model, args.f, args.chk, args.trust)
         cost = count_cost(model.network, model.channels, model.patch_size)

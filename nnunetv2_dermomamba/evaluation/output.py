@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_dermomamba import __version__
+from nnunetv2_dermomamba.cost import Cost
 from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, PER_IMAGE, POOLED
 from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
-from nnunetv2_dermomamba.info import Cost
+from nnunetv2_dermomamba.files import write_file
 
 __all__ = [
     "METRICS",
@@ -244,18 +243,4 @@ def read_csv(path: Path) -> pd.DataFrame:
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole: a reader, or a crash, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_file(path, text.encode())

@@ -11,10 +11,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nnunetv2_dermomamba import __version__
+from nnunetv2_dermomamba.cost import Cost
 from nnunetv2_dermomamba.evaluation.evaluate import Evaluation
 from nnunetv2_dermomamba.evaluation.metrics import DEFINITIONS, NOTES
 from nnunetv2_dermomamba.evaluation.output import METRICS, metric_rows, paper_rows, remarks, write_text
-from nnunetv2_dermomamba.info import Cost
 
 __all__ = ["thumbnail_pixels", "write_report"]
 

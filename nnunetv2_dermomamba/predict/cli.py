@@ -12,9 +12,13 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2_dermomamba.predict.options import add_model_arguments
 from nnunetv2_dermomamba.predict.photos import FAILED_FILE, InputError, find_photos
+
+if TYPE_CHECKING:
+    from nnunetv2_dermomamba.predict.stream import Report
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -133,15 +137,7 @@ def run(args: argparse.Namespace) -> int:
         return _fail(error)
     except OSError as error:
         return _fail(f"{error}. What is complete was kept; give the command again with --resume to go on")
-    skipped = f", {report.skipped} were there already" if report.skipped else ""
-    print(f"{report.done} masks written to {str(args.o)!r}{skipped}")
-    for failure in report.failed:
-        print(f"failed: {failure}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-    if report.failed:
-        plural = "s" * (len(report.failed) > 1)
-        print(
-            f"{len(report.failed)} photograph{plural} failed, listed in {str(args.o / FAILED_FILE)!r}", file=sys.stderr
-        )
+    _tell(report, args.o)
     return 1 if report.failed else 0
 
 
@@ -161,6 +157,19 @@ def _check_writable(folder: Path) -> None:
             f"{str(folder)!r} cannot be written{where}: {error.strerror}. Nothing was started; give another folder "
             "with -o, or make this one writable"
         ) from error
+
+
+def _tell(report: Report, folder: Path) -> None:
+    """Print how a run went."""
+    skipped = f", {report.skipped} were there already" if report.skipped else ""
+    print(f"{report.done} masks written to {str(folder)!r}{skipped}")
+    for failure in report.failed:
+        print(f"failed: {failure}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    if report.failed:
+        plural = "s" * (len(report.failed) > 1)
+        print(
+            f"{len(report.failed)} photograph{plural} failed, listed in {str(folder / FAILED_FILE)!r}", file=sys.stderr
+        )
 
 
 def _fail(error: object) -> int:

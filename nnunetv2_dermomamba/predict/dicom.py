@@ -25,7 +25,6 @@ TIMEOUT = 60  # seconds, on a loaded machine; a photograph takes one
 PROCESSOR_TIME = 10  # seconds, in the reading process
 MEMORY = 1 << 30  # bytes, in the reading process
 REFUSED = 3  # exit status: standard error holds the reason
-PHOTOMETRIC_INTERPRETATION = "0028|0004"
 
 
 def read_dicom(path: Path) -> Image.Image:

@@ -29,6 +29,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunetv2_dermomamba.conversion.dataset import CONVERSION_KEY
+from nnunetv2_dermomamba.conversion.resample import MAX_SIDE
 from nnunetv2_dermomamba.network import DermoMamba
 
 __all__ = ["FINAL_CHECKPOINT", "Model", "ModelError", "build_network", "load_checkpoint", "load_model"]
@@ -36,7 +37,6 @@ __all__ = ["FINAL_CHECKPOINT", "Model", "ModelError", "build_network", "load_che
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 MAX_CHECKPOINT_BYTES = 2 << 30  # nnU-Net's largest preset, with the optimizer's state, has about 1.2 GB
 MAX_JSON_BYTES = 64 << 20
-MAX_SIDE = 8192  # pixels; as the conversion allows
 DEPTH = 3  # nnUNet_results / Dataset118_ISIC2018 / trainer__plans__configuration
 FOLD = re.compile(r"fold_(\d{1,3}|all)", re.ASCII)
 

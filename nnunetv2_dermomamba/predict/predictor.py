@@ -20,8 +20,8 @@ from nnunetv2_dermomamba.conversion.resample import resize_image
 from nnunetv2_dermomamba.network.ss2d import SS2D
 from nnunetv2_dermomamba.ops import describe_choice
 from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT, ModelError, build_network, load_model
-from nnunetv2_dermomamba.predict.native import Classes, Prediction, render
 from nnunetv2_dermomamba.predict.reading import read_photo
+from nnunetv2_dermomamba.predict.rendering import Classes, Prediction, render
 
 __all__ = ["Predictor", "Prepared", "choose_device"]
 

@@ -8,9 +8,10 @@ from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.conversion.images import (
-    EXIF_ORIENTATION,
     FORMATS,
     Photograph,
+    exif_orientation,
+    has_alpha,
     open_image,
     read_photograph,
     turn_upright,
@@ -21,7 +22,6 @@ from nnunetv2_dermomamba.predict.dicom import read_dicom
 __all__ = ["is_dicom", "read_photo"]
 
 HEAD_BYTES = 132  # as far as DICOM's mark reaches
-WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 def read_photo(path: str | Path, shape: tuple[int, int] | None = None) -> Photograph:
@@ -41,11 +41,11 @@ def read_photo(path: str | Path, shape: tuple[int, int] | None = None) -> Photog
     if head[128:] == b"DICM":
         return _resampled(read_dicom(path), shape)
     with open_image(path, (*FORMATS, "WEBP")) as image:
-        has_alpha = image.mode in WITH_ALPHA or "transparency" in image.info
-        if has_alpha or image.format == "WEBP":
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        translucent = has_alpha(image)
+        if translucent or image.format == "WEBP":
+            orientation = exif_orientation(image)
             image.load()
-            flat = _on_white(image) if has_alpha else image.convert("RGB")
+            flat = _on_white(image) if translucent else image.convert("RGB")
             return _resampled(turn_upright(image, flat, orientation), shape)
     return read_photograph(path, shape)
 

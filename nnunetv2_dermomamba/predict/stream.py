@@ -7,28 +7,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.predict.journal import Journal, read_journal
-from nnunetv2_dermomamba.predict.native import render
-from nnunetv2_dermomamba.predict.outputs import (
-    Outputs,
-    measure,
-    remove_unfinished,
-    write_atomically,
-    write_csv,
-    write_overlay,
-    write_png,
-)
+from nnunetv2_dermomamba.files import remove_unfinished, write_file
+from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
+from nnunetv2_dermomamba.png import write_png
+from nnunetv2_dermomamba.predict.measurements import measure, write_csv
+from nnunetv2_dermomamba.predict.outputs import Outputs
+from nnunetv2_dermomamba.predict.overlay import write_overlay
 from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
 from nnunetv2_dermomamba.predict.predictor import Predictor, Prepared
 from nnunetv2_dermomamba.predict.reading import read_photo
+from nnunetv2_dermomamba.predict.rendering import render
 
 __all__ = ["Report", "predict_photos"]
 
@@ -102,18 +100,15 @@ def predict_photos(
         else:
             todo.append(photo)
     progress(report.skipped)
-    journal = Journal(outputs.folder / JOURNAL_FILE, settings, entries)
-    try:
+    with closing(Journal(outputs.folder / JOURNAL_FILE, settings, entries)) as journal:
         _stream(predictor, todo, outputs, journal, report, progress)
-    finally:
-        journal.close()
     if table:
         named = [journal.entries[photo.name] for photo in photos if photo.name in journal.entries]
         write_csv([row for entry in named for row in entry["rows"]], outputs.folder / CSV_FILE)
     failed = outputs.folder / FAILED_FILE
     if report.failed:
         text = "".join(f"{error}\n" for error in report.failed)
-        write_atomically(failed, text.encode("utf-8", "backslashreplace"))
+        write_file(failed, text.encode("utf-8", "backslashreplace"))
     else:
         failed.unlink(missing_ok=True)
     return report
@@ -142,16 +137,11 @@ def _resumable(path: Path, settings: dict) -> dict[str, dict]:
     return earlier[1]
 
 
-def _fingerprint(path: Path) -> list:
-    status = path.stat()
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
-
-
 def _is_done(photo: Photo, entry: dict | None, outputs: Outputs, predictor: Predictor) -> bool:
     if entry is None:
         return False
     try:
-        same = entry["fingerprint"] == _fingerprint(photo.path)
+        same = entry["fingerprint"] == fingerprint(photo.path)
     except OSError:
         return False
     return same and all(file.is_file() for file in outputs.files(photo.name, predictor.classes))
@@ -216,11 +206,11 @@ def _read(predictor: Predictor, photo: Photo, outputs: Outputs) -> _Read:
     if problem := outputs.name_problem(photo.name, predictor.classes):
         raise ImageReadError(photo.path, problem)
     try:
-        fingerprint = _fingerprint(photo.path)
+        read_from = fingerprint(photo.path)
     except OSError as error:
         raise ImageReadError(photo.path, error.strerror or str(error)) from error
     prepared = predictor.read(photo.path)
-    return _Read(photo, fingerprint, prepared, time.perf_counter() - start)
+    return _Read(photo, read_from, prepared, time.perf_counter() - start)
 
 
 def _write(
@@ -244,10 +234,12 @@ def _write(
         maps = render(prediction, np.uint16).probability
         assert maps is not None
         for pixels, file in zip(maps, outputs.probability_files(name, classes), strict=True):
-            write_png(pixels, file)
+            write_png(Image.fromarray(pixels), file)
         del maps, pixels
     # A viewer shows 255 as white; several labels are kept as they are.
-    write_png(rendered.labels if len(classes.values) > 1 else (rendered.labels != 0) * np.uint8(255), mask)
+    write_png(
+        Image.fromarray(rendered.labels if len(classes.values) > 1 else (rendered.labels != 0) * np.uint8(255)), mask
+    )
     seconds += time.perf_counter() - start
     origin = {
         "photo": str(read.photo.path),

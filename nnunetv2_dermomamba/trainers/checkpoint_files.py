@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunetv2_dermomamba.files import whole_file
+
 REQUIRED = ("network_weights", "optimizer_state", "logging", "current_epoch", "init_args", "_best_ema")
 """What nnU-Net's ``load_checkpoint`` takes from a checkpoint."""
 
@@ -33,30 +35,25 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, keep: Path | None =
     Raises:
         OSError: it cannot be written; the earlier file is still there.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            _keep(path, keep)
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # how PyTorch's zip writer reports a full disk
-            raise OSError(f"{path} cannot be written: {error}") from error
-        raise
+        with whole_file(path, f".{path.name}.partial") as partial:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                _keep(path, keep)
+    except RuntimeError as error:  # how PyTorch's zip writer reports a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
     _sync_folder(path.parent)
 
 
 def _keep(path: Path, keep: Path) -> None:
     """Give a file a second name; a copy would be written twice, and a rename would leave a moment without it."""
-    link = keep.with_name(f".{keep.name}.partial")
-    link.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # no hard links there: checkpoint_best is what remains to fall back to
+    # where there are no hard links, checkpoint_best is what remains to fall back to
+    with contextlib.suppress(OSError), whole_file(keep, f".{keep.name}.partial") as link:
+        link.unlink(missing_ok=True)
         os.link(path, link)
-        os.replace(link, keep)
 
 
 def _sync_folder(folder: Path) -> None:

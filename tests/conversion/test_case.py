@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.case import convert_case, write_png
+from nnunetv2_dermomamba.conversion.case import convert_case
 from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION
 from nnunetv2_dermomamba.conversion.pairing import Case, Problem
 from nnunetv2_dermomamba.synthetic import draw_case
@@ -69,13 +69,3 @@ def test_sizes_that_differ_are_a_problem(tmp_path, folder):
     assert problem.reason == "sizes differ: image 90 x 64, mask 90 x 63 pixels"
     assert problem.files == (tmp_path / "a.png", tmp_path / "m.png")
     assert not list(folder.rglob("*.png"))
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, folder, monkeypatch):
-    def fail(source, target):
-        raise OSError("no space")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_png(Image.new("L", (9, 9)), folder / "imagesTr" / "a.png")
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == []

@@ -1,6 +1,5 @@
 import csv
 import errno
-import json
 import os
 import shutil
 import signal
@@ -13,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from predict_helpers import photograph
-from scipy import ndimage
 
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.evaluation.pairing import index_masks
-from nnunetv2_dermomamba.predict import cli, outputs
-from nnunetv2_dermomamba.predict.native import Classes, Rendered
+from nnunetv2_dermomamba.predict import cli
 from nnunetv2_dermomamba.predict.photos import JOURNAL_FILE
 
 
@@ -131,14 +128,14 @@ def test_a_photograph_is_never_overwritten(photos, unet, tmp_path, capsys):
 def test_a_disk_full_or_read_only_meanwhile_stops_the_run_without_half_files(
     photos, unet, tmp_path, capsys, monkeypatch, number
 ):
-    whole = outputs.os.replace
+    whole = os.replace
 
     def full(source, target):
         if str(target).endswith("皮膚_mask.png"):
             raise OSError(number, os.strerror(number), str(target))
         whole(source, target)
 
-    monkeypatch.setattr(outputs.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert predict(photos, tmp_path / "out", unet) == 2
     message = capsys.readouterr().err
     assert os.strerror(number) in message
@@ -190,51 +187,6 @@ def test_killed_at_random_moments_and_resumed_it_is_as_if_never_killed(photos, u
     assert whole.pop(JOURNAL_FILE)
     assert resumed.pop(JOURNAL_FILE)
     assert resumed == whole
-
-
-def test_figures_of_a_mask_against_scipy():
-    rng = np.random.default_rng(0)
-    labels = (ndimage.gaussian_filter(rng.random((60, 80)), 3) > 0.52).astype(np.uint8)
-    (row,) = outputs.measure(Rendered(labels, None, (0.8,)), Classes((1,), ("lesion",), True))
-    y, x = ndimage.center_of_mass(labels)
-    rows, columns = ndimage.find_objects(labels)[0]
-    assert (row["centroid_y"], row["centroid_x"]) == pytest.approx((y, x), abs=0.01)
-    assert (row["y_min"], row["y_max"] + 1) == (rows.start, rows.stop)
-    assert (row["x_min"], row["x_max"] + 1) == (columns.start, columns.stop)
-    assert row["parts"] == ndimage.label(labels, np.ones((3, 3)))[1] > 1
-
-
-def test_figures_of_an_empty_mask():
-    (row,) = outputs.measure(
-        Rendered(np.zeros((4, 5), np.uint8), None, (float("nan"),)), Classes((1,), ("lesion",), True)
-    )
-    assert (row["area_pixels"], row["parts"], row["x_min"], row["mean_probability"]) == (0, 0, None, None)
-    assert json.dumps(row)
-
-
-def changed_by_overlay(rows: slice, columns: slice) -> np.ndarray:
-    """Where the contour of a rectangle changes a photograph of 160 x 200."""
-    photo = Image.new("RGB", (200, 160), (180, 140, 120))
-    labels = np.zeros((160, 200), np.uint8)
-    labels[rows, columns] = 1
-    drawn = np.asarray(outputs.draw_overlay(photo.copy(), labels, Classes((1,), ("lesion",), True)))
-    return (drawn != np.asarray(photo)).any(axis=2)
-
-
-def test_the_overlay_marks_the_contour_and_nothing_else():
-    changed = changed_by_overlay(slice(40, 120), slice(50, 150))
-    assert changed[40, 50:150].all()
-    assert changed[40:120, 149].all()
-    assert not changed[50:110, 60:140].any()
-    assert not changed[:30].any()
-
-
-def test_a_lesion_at_the_edge_of_the_photograph_has_a_closed_contour():
-    changed = changed_by_overlay(slice(0, 90), slice(120, 200))
-    assert changed[0, 120:].all()
-    assert changed[:90, 199].all()
-    assert not changed[10:80, 130:190].any()
-    assert not changed[100:].any()
 
 
 def refuse_to_write(monkeypatch, folder):

@@ -8,7 +8,7 @@ from tolerances import FORWARD
 
 from nnunetv2_dermomamba.conversion.images import read_photograph
 from nnunetv2_dermomamba.predict import Predictor
-from nnunetv2_dermomamba.predict.native import STRIP_PIXELS, Classes, Prediction, render
+from nnunetv2_dermomamba.predict.rendering import STRIP_PIXELS, Classes, Prediction, render
 
 
 def disc(height, width, radius=0.3):

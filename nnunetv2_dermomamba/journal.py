@@ -1,17 +1,19 @@
-"""What a run has done, so that a killed one can go on."""
+"""What a run over many files has done, so that a killed one can go on."""
 
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
-from nnunetv2_dermomamba.predict.outputs import write_atomically
+from nnunetv2_dermomamba.files import write_file
 
-__all__ = ["Journal", "read_journal"]
+__all__ = ["Journal", "fingerprint", "read_journal"]
 
 
 class Journal:
-    """What is done, a line of JSON for each photograph, so that a killed run can go on.
+    """What is done, a line of JSON for each file or case, so that a killed run can go on.
 
     Args:
         path: The file; it is replaced.
@@ -21,12 +23,12 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict, entries: dict[str, dict]):
         lines = [settings, *entries.values()]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.entries = entries
         self._file = path.open("a")
 
     def add(self, entry: dict) -> None:
-        """Note a finished photograph under ``entry["name"]``."""
+        """Note what is finished under ``entry["name"]``."""
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         self.entries[entry["name"]] = entry
@@ -44,10 +46,18 @@ def read_journal(path: Path) -> tuple[dict, dict[str, dict]] | None:
         return None
     parsed = []
     for line in lines:
-        try:
+        with suppress(ValueError):  # the line that a kill cut short
             parsed.append(json.loads(line))
-        except ValueError:  # the line that a kill cut short
-            continue
     if not parsed:
         return None
-    return parsed[0], {entry["name"]: entry for entry in parsed[1:]}
+    return parsed[0], {entry["name"]: entry for entry in parsed[1:] if "name" in entry}
+
+
+def fingerprint(path: Path) -> list:
+    """What tells a file from another one, and from itself before it was changed, without reading it.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    status = path.stat()
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]

@@ -1,0 +1,53 @@
+"""Files that appear under their names only when they are complete."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["remove_unfinished", "whole_file", "write_file"]
+
+UNFINISHED = ".writing-"
+
+
+@contextmanager
+def whole_file(path: Path, unfinished: str | None = None) -> Iterator[Path]:
+    """Write a file beside its place; it gets its name, and replaces an earlier file, when the body is done.
+
+    A reader, or a kill at any moment, finds the earlier file or the new one, never a part of one.
+
+    Args:
+        path: Where it shall be.
+        unfinished: The name until then. None for one that no other process uses, short, since that of `path` may be as
+            long as a name can be. A given one suits a large file with one writer: what a kill leaves is overwritten.
+
+    Yields:
+        Where to write it. Whatever the body raises, nothing is left there.
+    """
+    temporary = path.with_name(unfinished or f"{UNFINISHED}{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that appears under its name only when it is complete.
+
+    Raises:
+        OSError: It cannot be written; nothing is left, and an earlier file is still there.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove_unfinished(folders: Iterable[Path]) -> None:
+    """Remove what a killed process was writing under a name of `whole_file`'s own choice."""
+    for folder in folders:
+        for file in folder.glob(f"{UNFINISHED}*"):
+            file.unlink(missing_ok=True)
