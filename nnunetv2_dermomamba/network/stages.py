@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 from nnunetv2_dermomamba.ops.recompute import recompute
 
@@ -85,6 +86,11 @@ class DecoderStage(nn.Module):
         """``fuse`` of the concatenation."""
         weight_x, weight_skip = self.fuse.weight.chunk(2, dim=1)
         low = F.conv2d(x, weight_x, self.fuse.bias)
+        if numba_infers(x) and low.shape[1] % 8 == 0:
+            from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add  # Numba need not be there otherwise
+
+            gated, spatial_gate = skip
+            return gate_and_add(F.conv2d(gated, weight_skip), spatial_gate, low)
         fused = recompute(lambda *skip: F.conv2d(multiplied(*skip), weight_skip), *skip)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # where PyTorch's sum is five times as slow as this
             return fused + F.interpolate(low, scale_factor=2.0, mode="nearest")

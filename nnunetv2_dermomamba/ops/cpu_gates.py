@@ -1,4 +1,8 @@
-"""Numba kernels of CBAM's two gates for inference: a channels-last map is read twice and its product written once."""
+"""Numba kernels of CBAM's two gates for inference: a channels-last map is read twice and its product written once.
+
+Fresh memory costs as much as arithmetic here, so the second gate multiplies behind the decoder's 1x1 convolution, in
+place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .cpu_instance_norm import channels_last_rows, shares
+from .cpu_instance_norm import SMALL, channels_last_rows, shares
 from .cpu_kernels import _OPTIONS
 from .cpu_lanes import LANES, at_least, largest, load, splat, store, total
 from .cpu_scan import _run
@@ -45,6 +49,23 @@ def _gate(rows, gate, out, summary):  # type: ignore[no-untyped-def]
         summary[p, 1] = total(added) / rows.dtype.type(channels)
 
 
+@njit(**_OPTIONS)
+def _gate_and_add(rows, gate, low, width):  # type: ignore[no-untyped-def]
+    """Rows of one line of a map (W, c) times gate (W, 1), plus its line of the map of half the size (W / 2, c)."""
+    for p in range(width):
+        factor = splat(gate[p, 0])
+        for c in range(0, rows.shape[1], LANES):
+            store(rows, p, c, load(rows, p, c) * factor + load(low, p // 2, c))
+
+
+@njit(**_OPTIONS)
+def _gate_and_add_lines(rows, gate, low, width, first, last):  # type: ignore[no-untyped-def]
+    """``_gate_and_add`` of lines ``first`` to ``last``; rows (H W, c), gate (H W, 1), low (H W / 4, c)."""
+    for line in range(first, last):
+        here, half = line * width, line // 2 * (width // 2)
+        _gate_and_add(rows[here : here + width], gate[here : here + width], low[half : half + width // 2], width)
+
+
 def pool_positions(x: Tensor) -> Tensor:
     """Maximum and mean over the positions of (B, C, H, W) float32, (2, B, C); a NaN is in the mean."""
     batch, channels, height, width = x.shape
@@ -72,3 +93,23 @@ def gate_channels(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     _run(lambda b, part: _gate(rows[b, part], gates[b], outs[b, part], summaries[b, part]),
          shares(batch, height * width, channels))  # fmt: skip
     return out.permute(0, 3, 1, 2), summary.permute(0, 3, 1, 2)
+
+
+def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
+    """``x * gate`` plus ``low`` upsampled to twice its size (nearest), in place.
+
+    Args:
+        x: (B, C, 2 H, 2 W), float32, channels last in memory, C in whole vectors.
+        gate: (B, 1, 2 H, 2 W).
+        low: (B, C, H, W).
+
+    Returns:
+        x.
+    """
+    batch, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)  # what it is, or the kernel would fill a copy
+    rows, gates, lows = (channels_last_rows(m) for m in (x, gate, low))
+    share = height if height * width * channels < SMALL else -(-height // torch.get_num_threads())
+    _run(lambda b, first: _gate_and_add_lines(rows[b], gates[b], lows[b], width, first, min(first + share, height)),
+         [(b, first) for b in range(batch) for first in range(0, height, share)])  # fmt: skip
+    return x

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tolerances import FORWARD, relative_error
+from torch.nn import functional as F
 
 from nnunetv2_dermomamba.network.attention import CBAM
-from nnunetv2_dermomamba.ops.cpu_gates import gate_channels, pool_positions
+from nnunetv2_dermomamba.network.stages import DecoderStage
+from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add, gate_channels, pool_positions
 
 SHAPES = [(1, 32, 1, 1), (2, 32, 5, 7), (1, 64, 70, 65), (3, 16, 9, 130)]
 
@@ -34,6 +36,24 @@ def test_gated_map_and_its_summary(draw, shape):
     assert torch.equal(gated, x * gate)
     assert torch.equal(summary[:, 0], gated.amax(1))
     assert relative_error(summary[:, 1], gated.double().mean(1)) <= FORWARD[torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2, 2), (2, 16, 6, 10), (1, 32, 128, 130)])
+def test_gate_and_half_the_size_added(draw, shape):
+    batch, channels, height, width = shape
+    x, gate = draw(*shape), torch.rand(batch, 1, height, width)
+    low = draw(batch, channels, height // 2, width // 2)
+    expected = x * gate + F.interpolate(low, scale_factor=2.0, mode="nearest")
+    assert relative_error(gate_and_add(x.clone(), gate, low), expected) <= FORWARD[torch.float32]
+
+
+def test_decoder_in_inference_is_the_one_with_gradients():
+    torch.manual_seed(0)
+    stage, cbam = DecoderStage(16).eval(), CBAM(16).eval()
+    x, skip = torch.randn(2, 16, 5, 7), torch.randn(2, 16, 10, 14)
+    with torch.no_grad():
+        result = stage(x, *cbam.factors(skip))
+    assert relative_error(result, stage(x, *cbam.factors(skip)).detach()) <= FORWARD[torch.float32]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
