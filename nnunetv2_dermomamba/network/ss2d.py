@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import selective_scan_2d
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
-from nnunetv2_dermomamba.ops.norm_linear import norm_linear
+from nnunetv2_dermomamba.ops.norm_linear import norm_linear, norm_linear_halves
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 STATE = 16
@@ -52,8 +52,7 @@ class SS2D(nn.Module):
         return recompute(lambda x: self._forward(x, norm), x)
 
     def _forward(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-        projected = self.in_proj(x) if norm is None else norm_linear(x, norm, self.in_proj)
-        x, gate = projected.chunk(2, dim=-1)
+        x, gate = self.in_proj(x).chunk(2, dim=-1) if norm is None else norm_linear_halves(x, norm, self.in_proj)
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)), inplace=not torch.is_grad_enabled()).permute(0, 2, 3, 1)
         A = -torch.exp(self.A_logs.float())
         y = selective_scan_2d(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)

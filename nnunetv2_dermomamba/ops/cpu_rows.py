@@ -7,7 +7,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, products, scatter_rows
+from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, products
+from .cpu_lanes import LANES, load, store
 from .cpu_scan import _pad_channels, _run
 
 ROWS = 64  # a tile of them; with 256 channels 64 KiB
@@ -31,37 +32,50 @@ def _normalise(x, weight, bias, eps, tile, steps):  # type: ignore[no-untyped-de
 
 
 @njit(**_OPTIONS)
-def _gate(gate, rows, tile, steps):  # type: ignore[no-untyped-def]
-    """Multiplies ``steps`` rows by silu(gate); ``rows`` is a buffer like ``tile``."""
-    for t in range(steps):
-        for i in range(gate.shape[1]):
-            rows[t, i] = gate[t, i]
+def _gate(gate, tile):  # type: ignore[no-untyped-def]
+    """Multiplies the first rows of the tile by silu(gate)."""
     one, log2_e = tile.dtype.type(1.0), tile.dtype.type(LOG2_E)
-    tile_row, gate_row = tile.reshape(tile.size), rows.reshape(rows.size)
-    for i in range(steps * tile.shape[1]):
+    # as one long row: rows of few channels are shorter than the vector loop
+    tile_row, gate_row = tile.reshape(tile.size), gate.reshape(gate.size)
+    for i in range(gate.size):
         g = gate_row[i]
         e = _exp2(-abs(g) * log2_e)
         tile_row[i] *= g * (one if g >= 0 else e) / (one + e)
 
 
 @njit(**_OPTIONS)
-def _norm_linear(x, gate, weight, bias, eps, matrix, out):  # type: ignore[no-untyped-def]
-    """Rows x (n, c), gate (n, c) or (0, c) for none, matrix (c, m padded to whole vectors); fills out (n, m)."""
-    tile, rows = np.zeros((ROWS, x.shape[1]), x.dtype), np.empty((ROWS, x.shape[1]), x.dtype)
+def _write(tile, column, steps, target, first):  # type: ignore[no-untyped-def]
+    """Columns from ``column`` on of a tile's first ``steps`` rows to target, from its row ``first`` on."""
+    whole = target.shape[1] // LANES * LANES
+    for t in range(steps):
+        for c in range(0, whole, LANES):
+            store(target, first + t, c, load(tile, t, column + c))
+        for c in range(whole, target.shape[1]):
+            target[first + t, c] = tile[t, column + c]
+
+
+@njit(**_OPTIONS)
+def _norm_linear(x, gate, weight, bias, eps, matrix, out, first):  # type: ignore[no-untyped-def]
+    """``linear(norm(x) * silu(gate))`` of rows into the rows of ``out`` from ``first`` on.
+
+    x (n, c), gate (n, c) or (0, c) for none, matrix (c, m) in whole vectors, out (parts, rows, m / parts).
+    """
+    tile = np.zeros((ROWS, x.shape[1]), x.dtype)
     projected = np.empty((ROWS, matrix.shape[1]), x.dtype)
     for start in range(0, x.shape[0], ROWS):
         end = min(start + ROWS, x.shape[0])
         _normalise(x[start:end], weight, bias, eps, tile, end - start)
         if gate.shape[0]:
-            _gate(gate[start:end], rows, tile, end - start)
+            _gate(gate[start:end], tile)
         products(tile, matrix, projected, end - start)
-        scatter_rows(projected, out, start, 1, end - start, out.shape[0], 1, False, False)
+        for p in range(out.shape[0]):
+            _write(projected, p * out.shape[2], end - start, out[p], first + start)
 
 
 def norm_linear_cpu(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, gate: Tensor | None
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, gate: Tensor | None, parts: int
 ) -> Tensor:
-    """``norm_linear`` of float32 tensors, without gradients.
+    """``norm_linear`` of float32 tensors, without gradients, its last axis in ``parts`` that lie one after the other.
 
     Args:
         x: (..., c).
@@ -70,21 +84,22 @@ def norm_linear_cpu(
         eps: of the LayerNorm.
         weight: (m, c).
         gate: as ``x``, or None.
+        parts: a divisor of m.
 
     Returns:
-        (..., m).
+        (parts, ..., m / parts).
     """
     channels = x.shape[-1]
-    out = torch.empty(*x.shape[:-1], weight.shape[0])
-    rows, out_rows = x.reshape(-1, channels).numpy(), out.view(-1, weight.shape[0]).numpy()
-    gates = (x.new_empty(0, channels) if gate is None else gate.reshape(-1, channels)).numpy()
+    out = torch.empty(parts, *x.shape[:-1], weight.shape[0] // parts)
+    rows, outs = x.reshape(-1, channels).contiguous().numpy(), out.view(parts, -1, out.shape[-1]).numpy()
+    gates = (x.new_empty(0, channels) if gate is None else gate.reshape(-1, channels).contiguous()).numpy()
     vectors = norm_weight.detach().numpy(), norm_bias.detach().numpy(), np.float32(eps)
     matrix = _pad_channels(weight.detach().t()).contiguous().numpy()
     share = max(1024, -(-len(rows) // torch.get_num_threads()))  # waking a thread takes as long as fewer rows do
 
     def task(start: int) -> None:
         part = slice(start, start + share)
-        _norm_linear(rows[part], gates[part], *vectors, matrix, out_rows[part])
+        _norm_linear(rows[part], gates[part], *vectors, matrix, outs, start)
 
     _run(task, [(start,) for start in range(0, len(rows), share)])
     return out

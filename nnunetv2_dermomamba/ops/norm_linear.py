@@ -90,9 +90,27 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
     if numba_infers(x):
         from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
-        return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, gate)
+        return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, gate, 1)[0]
     x = norm(x)
     return linear(x if gate is None else x * F.silu(gate))
+
+
+def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, ...]:
+    """The two halves of ``linear(norm(x))``; in inference on a CPU each lies in memory by itself.
+
+    Args:
+        x: (..., c).
+        norm: over the last axis.
+        linear: without bias, c to 2 m.
+
+    Returns:
+        Two of (..., m).
+    """
+    if numba_infers(x):
+        from .cpu_rows import norm_linear_cpu
+
+        return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, None, 2).unbind()
+    return norm_linear(x, norm, linear).chunk(2, dim=-1)
 
 
 def _triton_serves(x: Tensor, matrix: Tensor) -> bool:

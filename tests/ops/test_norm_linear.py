@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunetv2_dermomamba.ops.norm_linear import norm_linear
+from nnunetv2_dermomamba.ops.norm_linear import norm_linear, norm_linear_halves
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (3, 5, 13, 6), (2, 8, 8, 8), (1, 130, 64), (2, 7, 300)])
@@ -25,6 +25,10 @@ def test_kernel_equals_pytorch_and_only_serves_inference(shape: tuple[int, ...],
     assert with_gradients.requires_grad
     with torch.inference_mode():
         torch.testing.assert_close(norm_linear(x, norm, linear, gate), expected.float(), rtol=1e-5, atol=1e-5)
+        if gate is None:
+            halves = norm_linear_halves(x, norm, linear)
+            torch.testing.assert_close(torch.cat(halves, -1), expected.float(), rtol=1e-5, atol=1e-5)
+            assert all(half.is_contiguous() for half in halves)
 
 
 def test_nan_stays() -> None:
