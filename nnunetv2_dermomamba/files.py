@@ -40,10 +40,13 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file that appears under its name only when it is complete.
 
     Raises:
-        OSError: It cannot be written; nothing is left, and an earlier file is still there.
+        OSError: It cannot be written, and names `path`; nothing is left, and an earlier file is still there.
     """
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+    try:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def remove_unfinished(folders: Iterable[Path]) -> None:

@@ -86,11 +86,10 @@ class DecoderStage(nn.Module):
         """``fuse`` of the concatenation."""
         weight_x, weight_skip = self.fuse.weight.chunk(2, dim=1)
         low = F.conv2d(x, weight_x, self.fuse.bias)
-        if numba_infers(x) and low.shape[1] % 8 == 0:
+        if numba_infers(x) and low.shape[1] % 8 == 0 and len(skip) == 2 and skip[1].shape[1] == 1:
             from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add  # Numba need not be there otherwise
 
-            gated, spatial_gate = skip
-            return gate_and_add(F.conv2d(gated, weight_skip), spatial_gate, low)
+            return gate_and_add(F.conv2d(skip[0], weight_skip), skip[1], low)
         fused = recompute(lambda *skip: F.conv2d(multiplied(*skip), weight_skip), *skip)
         if x.device.type == "cpu" and torch.is_grad_enabled():  # where PyTorch's sum is five times as slow as this
             return fused + F.interpolate(low, scale_factor=2.0, mode="nearest")

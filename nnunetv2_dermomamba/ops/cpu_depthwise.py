@@ -117,7 +117,7 @@ def _bands(batch: int, height: int, width: int) -> list[tuple[int, int, int]]:
     """(image, first row, last row): whole images, or with fewer images than threads bands of them if they are large."""
     if height * width < FEW:
         return [(b, 0, height) for b in range(batch)]
-    share = -(-height // max(1, -(-2 * torch.get_num_threads() // batch)))
+    share = -(-height // max(1, -(-2 * torch.get_num_threads() // max(1, batch))))
     return [(b, first, min(first + share, height)) for b in range(batch) for first in range(0, height, share)]
 
 
@@ -143,7 +143,7 @@ def _as(like: Tensor, y: Tensor) -> Tensor:
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """Depthwise convolution with "same" padding: PyTorch's own, which is as fast.
+    """Depthwise convolution with "same" padding of a training: PyTorch's own, which is as fast.
 
     Args:
         x: (B, C, H, W), float32 or float64, any strides.

@@ -105,8 +105,13 @@ def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
 
     Returns:
         x.
+
+    Raises:
+        ValueError: the sizes do not match.
     """
     batch, channels, height, width = x.shape
+    if low.shape != (batch, channels, height / 2, width / 2) or gate.shape != (batch, 1, height, width):
+        raise ValueError(f"{tuple(low.shape)} and a gate {tuple(gate.shape)} do not match {tuple(x.shape)}")
     x = x.contiguous(memory_format=torch.channels_last)  # what it is, or the kernel would fill a copy
     rows, gates, lows = (channels_last_rows(m) for m in (x, gate, low))
     share = height if height * width * channels < SMALL else -(-height // torch.get_num_threads())

@@ -45,7 +45,7 @@ def channels_last_rows(x: Tensor) -> np.ndarray:
 def shares(batch: int, length: int, channels: int) -> list[tuple[int, slice]]:
     """(image, run of positions), about as many as threads; whole images where waking a thread takes longer."""
     threads = torch.get_num_threads() if length * channels > SMALL else 1
-    share = -(-length // -(-threads // batch))
+    share = -(-length // -(-threads // max(1, batch)))
     return [(b, slice(first, first + share)) for b in range(batch) for first in range(0, length, share)]
 
 

@@ -4,6 +4,11 @@ Why tiles: projections, step sizes and states of a tile of ``T`` positions fit i
 dt or state tensor of full length exists. Vectors (``cpu_lanes``) run over channels: no sum over states crosses lanes,
 and eight channels suffice, as in the network's first stage.
 
+``state`` is N, rounded up to an even number: a vector of 16 is two states of eight channels. Rows of a tile are
+[B (N), C (N), dt (R), padding]. Channels are padded to whole vectors of eight: tiles are (T, d), vectors of channels
+(1, d), and what there is for every state (A, h and their gradients) is (d / 8 * N, 8), a vector of eight channels after
+the other.
+
 Within a tile, rows are in walking order: a reversed or column-major direction is only another way to gather rows.
 The kernels release the GIL; ``cpu_scan`` runs them on a thread pool. Compiled code is cached on disk by Numba.
 """
@@ -11,8 +16,6 @@ The kernels release the GIL; ``cpu_scan`` runs them on a thread pool. Compiled c
 from __future__ import annotations
 
 import math
-from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -281,286 +284,271 @@ def add_rows(a, sums, steps):
         store(sums, 0, c, column)
 
 
-@njit(inline="always")
-def splat_at(rows, t, n):
-    """An element eight times."""
-    return splat(rows[t, n])
+@njit(**_OPTIONS)
+def scan_eight_states(state, c, first, n, x, rows, delta, A2, h, y, steps):
+    """``scan_tile`` of eight channels, whose states from the ``n``-th on stay in registers, two to a vector."""
+    h0, h1 = load_pair(h, first, 0), load_pair(h, first + 2, 0)
+    h2, h3 = load_pair(h, first + 4, 0), load_pair(h, first + 6, 0)
+    a0, a1 = load_pair(A2, first, 0), load_pair(A2, first + 2, 0)
+    a2, a3 = load_pair(A2, first + 4, 0), load_pair(A2, first + 6, 0)
+    for t in range(steps):
+        step = twice(load(delta, t, c))
+        drive = step * twice(load(x, t, c))
+        h0 = exp2_lanes(step * a0) * h0 + drive * splat_pair(rows, t, n)
+        h1 = exp2_lanes(step * a1) * h1 + drive * splat_pair(rows, t, n + 2)
+        h2 = exp2_lanes(step * a2) * h2 + drive * splat_pair(rows, t, n + 4)
+        h3 = exp2_lanes(step * a3) * h3 + drive * splat_pair(rows, t, n + 6)
+        out = h0 * splat_pair(rows, t, state + n) + h1 * splat_pair(rows, t, state + n + 2)
+        out = out + (h2 * splat_pair(rows, t, state + n + 4) + h3 * splat_pair(rows, t, state + n + 6))
+        store(y, t, c, load(y, t, c) + folded(out))
+    store_pair(h, first, 0, h0)
+    store_pair(h, first + 2, 0, h1)
+    store_pair(h, first + 4, 0, h2)
+    store_pair(h, first + 6, 0, h3)
 
 
-@njit(inline="always")
-def _same(vector):
-    return vector
-
-
-@cache
-def kernels(state: int, row_length: int) -> SimpleNamespace:
-    """The kernels for a number of states per channel and a length of a tile's rows, both compiled in.
-
-    Rows of a tile are [B (N), C (N), dt (R), padding]. Channels are padded to whole vectors: tiles are (T, d), vectors
-    of channels (1, d), and what there is for every state (A, h and their gradients) is (d / 8 * N, 8), a vector of
-    eight channels after the other.
-    """
-    whole = 2 * state // LANES * LANES
-    eights = state // 8 * 8
-    # Two states to a vector, unless their number is odd.
-    together = 2 - state % 2
-    get, put, spread = (load_pair, store_pair, splat_pair) if together == 2 else (load, store, splat_at)
-    both, one = (twice, folded) if together == 2 else (_same, _same)
-
-    @njit(**_OPTIONS)
-    def scan_eight_states(c, first, n, x, rows, delta, A2, h, y, steps):
-        """``scan_tile`` of eight channels, whose states from the ``n``-th on stay in registers, two to a vector."""
-        h0, h1 = load_pair(h, first, 0), load_pair(h, first + 2, 0)
-        h2, h3 = load_pair(h, first + 4, 0), load_pair(h, first + 6, 0)
-        a0, a1 = load_pair(A2, first, 0), load_pair(A2, first + 2, 0)
-        a2, a3 = load_pair(A2, first + 4, 0), load_pair(A2, first + 6, 0)
+@njit(**_OPTIONS)
+def scan_tile(state, x, rows, delta, A2, h, y, steps):
+    """Walk a tile forward: updates the states ``h`` and adds <C, h> to ``y``."""
+    for block in range(x.shape[1] // LANES):
+        c, first = block * LANES, block * state
+        eights = state // 8 * 8
+        for n in range(0, eights, 8):
+            scan_eight_states(state, c, first + n, n, x, rows, delta, A2, h, y, steps)
+        if eights == state:
+            continue
         for t in range(steps):
             step = twice(load(delta, t, c))
             drive = step * twice(load(x, t, c))
-            h0 = exp2_lanes(step * a0) * h0 + drive * splat_pair(rows, t, n)
-            h1 = exp2_lanes(step * a1) * h1 + drive * splat_pair(rows, t, n + 2)
-            h2 = exp2_lanes(step * a2) * h2 + drive * splat_pair(rows, t, n + 4)
-            h3 = exp2_lanes(step * a3) * h3 + drive * splat_pair(rows, t, n + 6)
-            out = h0 * splat_pair(rows, t, state + n) + h1 * splat_pair(rows, t, state + n + 2)
-            out = out + (h2 * splat_pair(rows, t, state + n + 4) + h3 * splat_pair(rows, t, state + n + 6))
-            store(y, t, c, load(y, t, c) + folded(out))
-        store_pair(h, first, 0, h0)
-        store_pair(h, first + 2, 0, h1)
-        store_pair(h, first + 4, 0, h2)
-        store_pair(h, first + 6, 0, h3)
+            for n in range(eights, state, 2):
+                decay = exp2_lanes(step * load_pair(A2, first + n, 0))
+                hn = decay * load_pair(h, first + n, 0) + drive * splat_pair(rows, t, n)
+                store_pair(h, first + n, 0, hn)
+                store(y, t, c, load(y, t, c) + folded(hn * splat_pair(rows, t, state + n)))
 
-    @njit(**_OPTIONS)
-    def scan_tile(x, rows, delta, A2, h, y, steps):
-        """Walk a tile forward: updates the states ``h`` and adds <C, h> to ``y``."""
-        for block in range(x.shape[1] // LANES):
-            c, first = block * LANES, block * state
-            for n in range(0, eights, 8):
-                scan_eight_states(c, first + n, n, x, rows, delta, A2, h, y, steps)
-            if eights == state:
-                continue
-            for t in range(steps):
-                step = both(load(delta, t, c))
-                drive = step * both(load(x, t, c))
-                for n in range(eights, state, together):
-                    hn = exp2_lanes(step * get(A2, first + n, 0)) * get(h, first + n, 0) + drive * spread(rows, t, n)
-                    put(h, first + n, 0, hn)
-                    store(y, t, c, load(y, t, c) + one(hn * spread(rows, t, state + n)))
 
-    @njit(**_OPTIONS)
-    def record_block(block, x, rows, delta, A2, h, before, decay, steps):
-        """Walk eight channels of a tile forward, keeping the state before each step and each step's decay, (T N, 8)."""
-        c, first = block * LANES, block * state
-        for t in range(steps):
-            step = both(load(delta, t, c))
-            drive = step * both(load(x, t, c))
-            for n in range(0, state, together):
-                a, hn = exp2_lanes(step * get(A2, first + n, 0)), get(h, first + n, 0)
-                put(decay, t * state + n, 0, a)
-                put(before, t * state + n, 0, hn)
-                put(h, first + n, 0, a * hn + drive * spread(rows, t, n))
+@njit(**_OPTIONS)
+def record_block(state, block, x, rows, delta, A2, h, before, decay, steps):
+    """Walk eight channels of a tile forward, keeping the state before each step and each step's decay, (T N, 8)."""
+    c, first = block * LANES, block * state
+    for t in range(steps):
+        step = twice(load(delta, t, c))
+        drive = step * twice(load(x, t, c))
+        for n in range(0, state, 2):
+            a, hn = exp2_lanes(step * load_pair(A2, first + n, 0)), load_pair(h, first + n, 0)
+            store_pair(decay, t * state + n, 0, a)
+            store_pair(before, t * state + n, 0, hn)
+            store_pair(h, first + n, 0, a * hn + drive * splat_pair(rows, t, n))
 
-    @njit(**_OPTIONS)
-    def backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps):
-        """Walk them backward with the adjoint states ``g``; adds to dx, ddelta, dA and, after block 0, dbc."""
-        c, first = block * LANES, block * state
-        for t in range(steps - 1, -1, -1):
-            step, u = load(delta, t, c), load(x, t, c)
-            steps_n, drive, dout = both(step), both(step * u), both(load(dy, t, c))
-            ddrive = dstep = both(splat(x.dtype.type(0.0)))
-            for n in range(0, state, together):
-                a, b = get(decay, t * state + n, 0), spread(rows, t, n)
-                carried = a * get(before, t * state + n, 0)
-                gn = get(g, first + n, 0) + dout * spread(rows, t, state + n)
-                in_b, in_c = 2 * state * t + n, 2 * state * t + state + n
-                db, dc = gn * drive, dout * (carried + drive * b)
-                if block > 0:
-                    db, dc = db + get(dbc, in_b, 0), dc + get(dbc, in_c, 0)
-                put(dbc, in_b, 0, db)
-                put(dbc, in_c, 0, dc)
-                ddrive = ddrive + gn * b
-                dlog = gn * carried
-                dstep = dstep + dlog * get(A, first + n, 0)
-                put(dA, first + n, 0, get(dA, first + n, 0) + dlog * steps_n)
-                put(g, first + n, 0, gn * a)
-            store(dx, t, c, load(dx, t, c) + one(ddrive) * step)
-            store(ddelta, t, c, load(ddelta, t, c) + one(ddrive) * u + one(dstep))
 
-    @njit(**_OPTIONS)
-    def scan_tile_backward(dy, x, rows, delta, A, A2, h, before, decay, g, dbc, dx, ddelta, drows, dA, steps):
-        """Gradients of ``scan_tile``: adds to dx and dA; writes ddelta and drows' B and C; ``h`` as it was before."""
-        ddelta[:] = 0
-        for block in range(x.shape[1] // LANES):
-            record_block(block, x, rows, delta, A2, h, before, decay, steps)
-            backward_block(block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps)
-        for t in range(steps):
-            for j in range(0, whole, LANES):
-                store(drows, t, j, totals(dbc, 2 * state * t + j))
-            for j in range(whole, 2 * state):
-                drows[t, j] = total(load(dbc, 2 * state * t + j, 0))
+@njit(**_OPTIONS)
+def backward_block(state, block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps):
+    """Walk them backward with the adjoint states ``g``; adds to dx, ddelta, dA and, after block 0, dbc."""
+    c, first = block * LANES, block * state
+    for t in range(steps - 1, -1, -1):
+        step, u = load(delta, t, c), load(x, t, c)
+        steps_n, drive, dout = twice(step), twice(step * u), twice(load(dy, t, c))
+        ddrive = dstep = twice(splat(x.dtype.type(0.0)))
+        for n in range(0, state, 2):
+            a, b = load_pair(decay, t * state + n, 0), splat_pair(rows, t, n)
+            carried = a * load_pair(before, t * state + n, 0)
+            gn = load_pair(g, first + n, 0) + dout * splat_pair(rows, t, state + n)
+            in_b, in_c = 2 * state * t + n, 2 * state * t + state + n
+            db, dc = gn * drive, dout * (carried + drive * b)
+            if block > 0:
+                db, dc = db + load_pair(dbc, in_b, 0), dc + load_pair(dbc, in_c, 0)
+            store_pair(dbc, in_b, 0, db)
+            store_pair(dbc, in_c, 0, dc)
+            ddrive = ddrive + gn * b
+            dlog = gn * carried
+            dstep = dstep + dlog * load_pair(A, first + n, 0)
+            store_pair(dA, first + n, 0, load_pair(dA, first + n, 0) + dlog * steps_n)
+            store_pair(g, first + n, 0, gn * a)
+        store(dx, t, c, load(dx, t, c) + folded(ddrive) * step)
+        store(ddelta, t, c, load(ddelta, t, c) + folded(ddrive) * u + folded(dstep))
 
-    @njit(**_OPTIONS)
-    def project_tile(x, w_in, w_delta, bias, rows, raw, steps):
-        """Rows [B, C, dt] (T, row_length) and the step sizes before the softplus (T, d) of a tile."""
-        products(x, w_in, rows, steps)
-        for t in range(steps):
-            for c in range(0, x.shape[1], LANES):
-                value = load(bias, 0, c)
-                for r in range(w_delta.shape[0]):
-                    value = value + splat(rows[t, 2 * state + r]) * load(w_delta, r, c)
-                store(raw, t, c, value)
 
-    @njit(**_OPTIONS)
-    def products_backward(drows, x, w_in, dx, dw_in, steps):
-        """Gradients of ``x w_in`` for few channels, where calls of a library take longer than the products."""
-        for t in range(steps):
-            for i in range(x.shape[1]):
-                factor, dxi = splat(x[t, i]), splat(x.dtype.type(0.0))
-                for j in range(0, row_length, LANES):
-                    drow = load(drows, t, j)
-                    dxi = dxi + drow * load(w_in, i, j)
-                    store(dw_in, i, j, load(dw_in, i, j) + factor * drow)
-                dx[t, i] += total(dxi)
+@njit(**_OPTIONS)
+def scan_tile_backward(state, dy, x, rows, delta, A, A2, h, before, decay, g, dbc, dx, ddelta, drows, dA, steps):
+    """Gradients of ``scan_tile``: adds to dx and dA; writes ddelta and drows' B and C; ``h`` as it was before."""
+    ddelta[:] = 0
+    for block in range(x.shape[1] // LANES):
+        record_block(state, block, x, rows, delta, A2, h, before, decay, steps)
+        backward_block(state, block, dy, x, rows, delta, A, before, decay, g, dx, ddelta, dbc, dA, steps)
+    whole = 2 * state // LANES * LANES
+    for t in range(steps):
+        for j in range(0, whole, LANES):
+            store(drows, t, j, totals(dbc, 2 * state * t + j))
+        for j in range(whole, 2 * state):
+            drows[t, j] = total(load(dbc, 2 * state * t + j, 0))
 
-    @njit(**_OPTIONS)
-    def project_tile_backward(drows, draw, x, rows, w_in, w_delta, dx, dw_in, dw_delta, dbias, steps):
-        """Adds the gradients of ``project_tile``'s inputs and weights; ``drows`` holds those of B and C on entry."""
-        for t in range(steps):
+
+@njit(**_OPTIONS)
+def project_tile(state, x, w_in, w_delta, bias, rows, raw, steps):
+    """Rows [B, C, dt] and the step sizes before the softplus (T, d) of a tile."""
+    products(x, w_in, rows, steps)
+    for t in range(steps):
+        for c in range(0, x.shape[1], LANES):
+            value = load(bias, 0, c)
             for r in range(w_delta.shape[0]):
-                dt, ddt = splat(rows[t, 2 * state + r]), splat(x.dtype.type(0.0))
-                for c in range(0, x.shape[1], LANES):
-                    ddt = ddt + load(draw, t, c) * load(w_delta, r, c)
-                    store(dw_delta, r, c, load(dw_delta, r, c) + load(draw, t, c) * dt)
-                drows[t, 2 * state + r] = total(ddt)
-        add_rows(draw, dbias, steps)
-        if x.shape[1] <= FEW:
-            products_backward(drows, x, w_in, dx, dw_in, steps)
-            return
-        block = rows_per_product(x, w_in)
-        for start in range(0, steps, block):
-            end = min(start + block, steps)
-            dx[start:end] += np.dot(drows[start:end], w_in.T)
-            dw_in += np.dot(x[start:end].T, drows[start:end])
+                value = value + splat(rows[t, 2 * state + r]) * load(w_delta, r, c)
+            store(raw, t, c, value)
 
-    @njit(**_OPTIONS)
-    def forward_2d(x, height, width, k, tile, w_in, w_delta, bias, A2, D, states, y):
-        """One direction of an image: x (H W, d'); fills states (chunks, d / 8 * N, 8), writes y (H W, d').
 
-        d' is d without the padding. Where k > 1 it adds to y.
-        """
-        length, dim = x.shape[0], w_in.shape[0]
-        kind = x.dtype
-        xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta = np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        rows = np.empty((tile, row_length), kind)
-        h = np.zeros(states.shape[1:], kind)
-        column, step = k % 2 == 1, 1 if k < 2 else -1
-        for chunk in range(states.shape[0]):
-            start = chunk * tile
-            steps = min(tile, length - start)
-            first = start if step == 1 else length - 1 - start
-            states[chunk] = h
-            gather_rows(x, xt, first, step, steps, height, width, column)
-            project_tile(xt, w_in, w_delta, bias, rows, raw, steps)
-            softplus_tile(raw, delta, steps)
-            scale_tile(xt, D, yt, steps)
-            scan_tile(xt, rows, delta, A2, h, yt, steps)
-            scatter_rows(yt, y, first, step, steps, height, width, column, k >= 2)
+@njit(**_OPTIONS)
+def products_backward(drows, x, w_in, dx, dw_in, steps):
+    """Gradients of ``x w_in`` for few channels, where calls of a library take longer than the products."""
+    for t in range(steps):
+        for i in range(x.shape[1]):
+            factor, dxi = splat(x[t, i]), splat(x.dtype.type(0.0))
+            for j in range(0, w_in.shape[1], LANES):
+                drow = load(drows, t, j)
+                dxi = dxi + drow * load(w_in, i, j)
+                store(dw_in, i, j, load(dw_in, i, j) + factor * drow)
+            dx[t, i] += total(dxi)
 
-    @njit(**_OPTIONS)
-    def backward_2d(dy, x, height, width, k, tile, w_in, w_delta, bias, A, A2, D, states,
-                    dx, dw_in, dw_delta, dbias, dA, dD):  # fmt: skip
-        """Gradients of ``forward_2d``: adds to all arguments in the second line; writes dx where k < 2."""
-        length, dim = x.shape[0], w_in.shape[0]
-        kind = x.dtype
-        xt, dyt, dxt = np.zeros((tile, dim), kind), np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta, ddelta = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        rows, drows = np.empty((tile, row_length), kind), np.zeros((tile, row_length), kind)
-        before, decay = np.empty((tile * state, LANES), kind), np.empty((tile * state, LANES), kind)
-        dbc = np.empty((tile * 2 * state, LANES), kind)
-        h, g = np.empty(A.shape, kind), np.zeros(A.shape, kind)
-        column, step = k % 2 == 1, 1 if k < 2 else -1
-        for chunk in range(states.shape[0] - 1, -1, -1):
-            start = chunk * tile
-            steps = min(tile, length - start)
-            first = start if step == 1 else length - 1 - start
-            h[:] = states[chunk]
-            gather_rows(x, xt, first, step, steps, height, width, column)
-            gather_rows(dy, dyt, first, step, steps, height, width, column)
-            project_tile(xt, w_in, w_delta, bias, rows, raw, steps)
-            softplus_tile(raw, delta, steps)
-            scale_tile(dyt, D, dxt, steps)
-            add_products(dyt, xt, dD, steps)
-            scan_tile_backward(dyt, xt, rows, delta, A, A2, h, before, decay, g, dbc, dxt, ddelta, drows, dA, steps)
-            softplus_backward_tile(raw, ddelta, steps)
-            project_tile_backward(drows, ddelta, xt, rows, w_in, w_delta, dxt, dw_in, dw_delta, dbias, steps)
-            scatter_rows(dxt, dx, first, step, steps, height, width, column, k >= 2)
 
-    @njit(**_OPTIONS)
-    def step_sizes(raw, delta, bias, softplus, steps):
-        """Step sizes of the 1D op: bias added, softplus where asked for."""
-        for t in range(steps):
-            for c in range(0, raw.shape[1], LANES):
-                value = load(raw, t, c) + load(bias, 0, c)
-                store(raw, t, c, value)
-                store(delta, t, c, value)
+@njit(**_OPTIONS)
+def project_tile_backward(state, drows, draw, x, rows, w_in, w_delta, dx, dw_in, dw_delta, dbias, steps):
+    """Adds the gradients of ``project_tile``'s inputs and weights; ``drows`` holds those of B and C on entry."""
+    for t in range(steps):
+        for r in range(w_delta.shape[0]):
+            dt, ddt = splat(rows[t, 2 * state + r]), splat(x.dtype.type(0.0))
+            for c in range(0, x.shape[1], LANES):
+                ddt = ddt + load(draw, t, c) * load(w_delta, r, c)
+                store(dw_delta, r, c, load(dw_delta, r, c) + load(draw, t, c) * dt)
+            drows[t, 2 * state + r] = total(ddt)
+    add_rows(draw, dbias, steps)
+    if x.shape[1] <= FEW:
+        products_backward(drows, x, w_in, dx, dw_in, steps)
+        return
+    block = rows_per_product(x, w_in)
+    for start in range(0, steps, block):
+        end = min(start + block, steps)
+        dx[start:end] += np.dot(drows[start:end], w_in.T)
+        dw_in += np.dot(x[start:end].T, drows[start:end])
+
+
+@njit(**_OPTIONS)
+def forward_2d(state, x, height, width, k, tile, w_in, w_delta, bias, A2, D, states, y):
+    """One direction of an image: x (H W, d'); fills states (chunks, d / 8 * N, 8), writes y (H W, d').
+
+    d' is d without the padding. Where k > 1 it adds to y.
+    """
+    length, dim = x.shape[0], w_in.shape[0]
+    kind = x.dtype
+    xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+    raw, delta = np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+    rows = np.empty((tile, w_in.shape[1]), kind)
+    h = np.zeros(states.shape[1:], kind)
+    column, step = k % 2 == 1, 1 if k < 2 else -1
+    for chunk in range(states.shape[0]):
+        start = chunk * tile
+        steps = min(tile, length - start)
+        first = start if step == 1 else length - 1 - start
+        states[chunk] = h
+        gather_rows(x, xt, first, step, steps, height, width, column)
+        project_tile(state, xt, w_in, w_delta, bias, rows, raw, steps)
+        softplus_tile(raw, delta, steps)
+        scale_tile(xt, D, yt, steps)
+        scan_tile(state, xt, rows, delta, A2, h, yt, steps)
+        scatter_rows(yt, y, first, step, steps, height, width, column, k >= 2)
+
+
+@njit(**_OPTIONS)
+def backward_2d(state, dy, x, height, width, k, tile, w_in, w_delta, bias, A, A2, D, states,
+                dx, dw_in, dw_delta, dbias, dA, dD):  # fmt: skip
+    """Gradients of ``forward_2d``: adds to all arguments in the second line; writes dx where k < 2."""
+    length, dim = x.shape[0], w_in.shape[0]
+    kind = x.dtype
+    xt, dyt, dxt = np.zeros((tile, dim), kind), np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+    raw, delta, ddelta = np.empty((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+    rows, drows = np.empty((tile, w_in.shape[1]), kind), np.zeros((tile, w_in.shape[1]), kind)
+    before, decay = np.empty((tile * state, LANES), kind), np.empty((tile * state, LANES), kind)
+    dbc = np.empty((tile * 2 * state, LANES), kind)
+    h, g = np.empty(A.shape, kind), np.zeros(A.shape, kind)
+    column, step = k % 2 == 1, 1 if k < 2 else -1
+    for chunk in range(states.shape[0] - 1, -1, -1):
+        start = chunk * tile
+        steps = min(tile, length - start)
+        first = start if step == 1 else length - 1 - start
+        h[:] = states[chunk]
+        gather_rows(x, xt, first, step, steps, height, width, column)
+        gather_rows(dy, dyt, first, step, steps, height, width, column)
+        project_tile(state, xt, w_in, w_delta, bias, rows, raw, steps)
+        softplus_tile(raw, delta, steps)
+        scale_tile(dyt, D, dxt, steps)
+        add_products(dyt, xt, dD, steps)
+        scan_tile_backward(state, dyt, xt, rows, delta, A, A2, h, before, decay, g, dbc, dxt, ddelta, drows, dA, steps)
+        softplus_backward_tile(raw, ddelta, steps)
+        project_tile_backward(state, drows, ddelta, xt, rows, w_in, w_delta, dxt, dw_in, dw_delta, dbias, steps)
+        scatter_rows(dxt, dx, first, step, steps, height, width, column, k >= 2)
+
+
+@njit(**_OPTIONS)
+def step_sizes(raw, delta, bias, softplus, steps):
+    """Step sizes of the 1D op: bias added, softplus where asked for."""
+    for t in range(steps):
+        for c in range(0, raw.shape[1], LANES):
+            value = load(raw, t, c) + load(bias, 0, c)
+            store(raw, t, c, value)
+            store(delta, t, c, value)
+    if softplus:
+        softplus_tile(raw, delta, steps)
+
+
+@njit(**_OPTIONS)
+def forward_1d(state, u, delta_in, A2, B, C, D, bias, softplus, tile, states, y):
+    """One sample, one group: u, delta_in (d', L), B, C (N, L); fills states, adds to y (d', L)."""
+    length, dim = u.shape[1], D.shape[1]
+    kind = u.dtype
+    xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+    raw, delta = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+    rows = np.zeros((tile, 2 * state), kind)
+    h = np.zeros(states.shape[1:], kind)
+    for chunk in range(states.shape[0]):
+        start = chunk * tile
+        steps = min(tile, length - start)
+        states[chunk] = h
+        transpose_in(u, xt, start, steps)
+        transpose_in(delta_in, raw, start, steps)
+        transpose_in(B, rows[:, :state], start, steps)
+        transpose_in(C, rows[:, state:], start, steps)
+        step_sizes(raw, delta, bias, softplus, steps)
+        scale_tile(xt, D, yt, steps)
+        scan_tile(state, xt, rows, delta, A2, h, yt, steps)
+        transpose_out(yt, y, start, steps)
+
+
+@njit(**_OPTIONS)
+def backward_1d(state, dy, u, delta_in, A, A2, B, C, D, bias, softplus, tile, states,
+                du, ddelta_out, dA, dB, dC, dD, dbias):  # fmt: skip
+    """Gradients of ``forward_1d``: adds to all arguments in the second line."""
+    length, dim = u.shape[1], D.shape[1]
+    kind = u.dtype
+    xt, dyt, dxt = np.zeros((tile, dim), kind), np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
+    raw, delta, ddelta = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
+    rows, drows = np.zeros((tile, 2 * state), kind), np.empty((tile, 2 * state), kind)
+    before, decay = np.empty((tile * state, LANES), kind), np.empty((tile * state, LANES), kind)
+    dbc = np.empty((tile * 2 * state, LANES), kind)
+    h, g = np.empty(A.shape, kind), np.zeros(A.shape, kind)
+    for chunk in range(states.shape[0] - 1, -1, -1):
+        start = chunk * tile
+        steps = min(tile, length - start)
+        h[:] = states[chunk]
+        transpose_in(u, xt, start, steps)
+        transpose_in(dy, dyt, start, steps)
+        transpose_in(delta_in, raw, start, steps)
+        transpose_in(B, rows[:, :state], start, steps)
+        transpose_in(C, rows[:, state:], start, steps)
+        step_sizes(raw, delta, bias, softplus, steps)
+        scale_tile(dyt, D, dxt, steps)
+        add_products(dyt, xt, dD, steps)
+        scan_tile_backward(state, dyt, xt, rows, delta, A, A2, h, before, decay, g, dbc, dxt, ddelta, drows, dA, steps)
         if softplus:
-            softplus_tile(raw, delta, steps)
-
-    @njit(**_OPTIONS)
-    def forward_1d(u, delta_in, A2, B, C, D, bias, softplus, tile, states, y):
-        """One sample, one group: u, delta_in (d', L), B, C (N, L); fills states, adds to y (d', L)."""
-        length, dim = u.shape[1], D.shape[1]
-        kind = u.dtype
-        xt, yt = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta = np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
-        rows = np.empty((tile, row_length), kind)
-        h = np.zeros(states.shape[1:], kind)
-        for chunk in range(states.shape[0]):
-            start = chunk * tile
-            steps = min(tile, length - start)
-            states[chunk] = h
-            transpose_in(u, xt, start, steps)
-            transpose_in(delta_in, raw, start, steps)
-            transpose_in(B, rows[:, :state], start, steps)
-            transpose_in(C, rows[:, state:], start, steps)
-            step_sizes(raw, delta, bias, softplus, steps)
-            scale_tile(xt, D, yt, steps)
-            scan_tile(xt, rows, delta, A2, h, yt, steps)
-            transpose_out(yt, y, start, steps)
-
-    @njit(**_OPTIONS)
-    def backward_1d(dy, u, delta_in, A, A2, B, C, D, bias, softplus, tile, states,
-                    du, ddelta_out, dA, dB, dC, dD, dbias):  # fmt: skip
-        """Gradients of ``forward_1d``: adds to all arguments in the second line."""
-        length, dim = u.shape[1], D.shape[1]
-        kind = u.dtype
-        xt, dyt, dxt = np.zeros((tile, dim), kind), np.zeros((tile, dim), kind), np.empty((tile, dim), kind)
-        raw, delta, ddelta = np.zeros((tile, dim), kind), np.empty((tile, dim), kind), np.empty((tile, dim), kind)
-        rows, drows = np.empty((tile, row_length), kind), np.empty((tile, row_length), kind)
-        before, decay = np.empty((tile * state, LANES), kind), np.empty((tile * state, LANES), kind)
-        dbc = np.empty((tile * 2 * state, LANES), kind)
-        h, g = np.empty(A.shape, kind), np.zeros(A.shape, kind)
-        for chunk in range(states.shape[0] - 1, -1, -1):
-            start = chunk * tile
-            steps = min(tile, length - start)
-            h[:] = states[chunk]
-            transpose_in(u, xt, start, steps)
-            transpose_in(dy, dyt, start, steps)
-            transpose_in(delta_in, raw, start, steps)
-            transpose_in(B, rows[:, :state], start, steps)
-            transpose_in(C, rows[:, state:], start, steps)
-            step_sizes(raw, delta, bias, softplus, steps)
-            scale_tile(dyt, D, dxt, steps)
-            add_products(dyt, xt, dD, steps)
-            scan_tile_backward(dyt, xt, rows, delta, A, A2, h, before, decay, g, dbc, dxt, ddelta, drows, dA, steps)
-            if softplus:
-                softplus_backward_tile(raw, ddelta, steps)
-            add_rows(ddelta, dbias, steps)
-            transpose_out(dxt, du, start, steps)
-            transpose_out(ddelta, ddelta_out, start, steps)
-            transpose_out(drows[:, :state], dB, start, steps)
-            transpose_out(drows[:, state:], dC, start, steps)
-
-    return SimpleNamespace(
-        forward_2d=forward_2d, backward_2d=backward_2d, forward_1d=forward_1d, backward_1d=backward_1d
-    )
+            softplus_backward_tile(raw, ddelta, steps)
+        add_rows(ddelta, dbias, steps)
+        transpose_out(dxt, du, start, steps)
+        transpose_out(ddelta, ddelta_out, start, steps)
+        transpose_out(drows[:, :state], dB, start, steps)
+        transpose_out(drows[:, state:], dC, start, steps)

@@ -262,7 +262,7 @@ for _python, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (o
 
 @intrinsic
 def at_least(typing, vector, bound):
-    """Elements or ``bound``, whichever is larger; NaN stays."""
+    """Elements or ``bound``, whichever is larger; a NaN in ``vector`` stays."""
 
     def generate(context, builder, signature, arguments):
         return _larger(builder, *arguments)

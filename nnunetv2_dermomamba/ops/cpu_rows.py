@@ -11,7 +11,7 @@ from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, products
 from .cpu_lanes import LANES, load, store
 from .cpu_scan import _pad_channels, _run
 
-ROWS = 64  # a tile of them; with 256 channels 64 KiB
+ROWS = 64  # a tile of them, a multiple of 4; with 256 channels 64 KiB
 
 
 @njit(**_OPTIONS)

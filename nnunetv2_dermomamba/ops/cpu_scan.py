@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_kernels import LOG2_E, kernels
+from .cpu_kernels import LOG2_E, backward_1d, backward_2d, forward_1d, forward_2d
 from .cpu_lanes import LANES
 
 TILE = 64
-"""Positions per tile: the backward pass's buffers, of 4 N vectors a position, are 128 KiB with 16 states."""
+"""Positions per tile, a multiple of 4: the backward pass's buffers, of 4 N vectors each, are 128 KiB at 16 states."""
 
 
 def _padded(dim: int) -> int:
@@ -31,16 +31,21 @@ def _padded(dim: int) -> int:
     return (dim + LANES - 1) // LANES * LANES
 
 
+def _even(state: int) -> int:
+    """States in whole pairs."""
+    return state + state % 2
+
+
 def states_shape_2d(x: Tensor, state: int) -> list[int]:
     """Shape of the saved states of ``scan_2d_forward``: (batch, 4, chunks, d / 8 * N, 8), d rounded up."""
     batch, height, width, dim = x.shape
-    return [batch, 4, (height * width + TILE - 1) // TILE, _padded(dim) // LANES * state, LANES]
+    return [batch, 4, (height * width + TILE - 1) // TILE, _padded(dim) // LANES * _even(state), LANES]
 
 
 def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
     """Shape of the saved states of ``scan_1d_forward``: (batch, groups, chunks, D / groups / 8 * N, 8), rounded up."""
     batch, dim, length = u.shape
-    return [batch, groups, (length + TILE - 1) // TILE, _padded(dim // groups) // LANES * state, LANES]
+    return [batch, groups, (length + TILE - 1) // TILE, _padded(dim // groups) // LANES * _even(state), LANES]
 
 
 @lru_cache(maxsize=4)
@@ -78,34 +83,32 @@ def _accumulation_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _row_length(state: int, rank: int) -> int:
-    """Rows of a tile, [B, C, dt], in whole vectors: one compilation serves every stage of the network."""
-    return (2 * state + rank + LANES - 1) // LANES * LANES
-
-
 def _pad_channels(tensor: Tensor) -> Tensor:
     """(..., d) with zeros up to whole vectors."""
     return F.pad(tensor, (0, _padded(tensor.shape[-1]) - tensor.shape[-1]))
 
 
 def _to_vectors(A: Tensor) -> Tensor:
-    """(groups, d, N) to (groups, d / 8 * N, 8): the kernels' order of what there is for every state."""
+    """(groups, d, N) to (groups, d / 8 * N, 8), N even: the kernels' order of what there is for every state."""
+    A = F.pad(A, (0, A.shape[2] % 2))
     return _pad_channels(A.mT).unflatten(2, (-1, LANES)).transpose(1, 2).flatten(1, 2)
 
 
 def _from_vectors(vectors: Tensor, dim: int, state: int) -> Tensor:
     """The inverse of ``_to_vectors``, (groups d, N)."""
-    return vectors.unflatten(1, (-1, state)).transpose(2, 3).flatten(1, 2)[:, :dim].flatten(0, 1)
+    return vectors.unflatten(1, (-1, _even(state))).transpose(2, 3).flatten(1, 2)[:, :dim, :state].flatten(0, 1)
 
 
 def _weights_2d(
     x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor, kind: torch.dtype
 ) -> tuple[np.ndarray, ...]:
-    """Per direction: w_in (d, row_length), w_delta (R, d), bias (1, d), A, A log2(e) in vectors, D (1, d); d padded."""
+    """Per direction: w_in (d, row), w_delta (R, d), bias (1, d), A and A log2(e) in vectors, D (1, d); d padded."""
     dim, rank = dt_projs_weight.shape[1:]
-    w_dt, w_bc = x_proj_weight.split([rank, x_proj_weight.shape[1] - rank], dim=1)
-    w_in = _pad_channels(torch.cat([w_bc, w_dt], dim=1)).mT
-    w_in = F.pad(w_in, (0, _row_length(A.shape[1], rank) - w_in.shape[2]))
+    state = A.shape[1]
+    w_dt, w_b, w_c = x_proj_weight.split([rank, state, state], dim=1)
+    odd = x_proj_weight.new_zeros(4, state % 2, dim)
+    w_in = _pad_channels(torch.cat([w_b, odd, w_c, odd, w_dt], dim=1)).mT
+    w_in = _pad_channels(w_in)
     A = _to_vectors(A.view(4, dim, -1))
     w_delta, bias, D = (_pad_channels(m) for m in (dt_projs_weight.mT, dt_projs_bias[:, None], Ds.view(4, 1, dim)))
     return tuple(_array(tensor, kind) for tensor in (w_in, w_delta, bias, A, A * LOG2_E, D))
@@ -126,11 +129,10 @@ def scan_2d_forward(
     states = torch.empty(states_shape_2d(x, state), dtype=kind)
     ys = torch.empty(2, batch, height, width, dim, dtype=kind)  # rows and columns, so that two tasks never share a row
     states_array, ys_array = states.numpy(), ys.view(2, batch, height * width, dim).numpy()
-    forward = kernels(state, w_in.shape[2]).forward_2d
 
     def task(b: int, pair: int) -> None:
         for k in (pair, pair + 2):
-            forward(xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k], A2[k], D[k],
+            forward_2d(_even(state), xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k], A2[k], D[k],
                     states_array[b, k], ys_array[pair, b])  # fmt: skip
 
     _run(task, [(b, pair) for b in range(batch) for pair in (0, 1)])
@@ -157,17 +159,17 @@ def scan_2d_backward(
     # One set of weight gradients a task, added afterwards in a fixed order: results do not depend on the threads.
     weight_grads = [torch.zeros(batch, *m.shape, dtype=kind) for m in (w_in, w_delta, bias, A_array, D)]
     grad_arrays = [grad.numpy() for grad in weight_grads]
-    backward = kernels(state, w_in.shape[2]).backward_2d
 
     def task(b: int, pair: int) -> None:
         for k in (pair, pair + 2):
-            backward(dys[b], xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k], A_array[k], A2[k],
-                     D[k], states_array[b, k], dxs_array[pair, b], *(grad[b, k] for grad in grad_arrays))  # fmt: skip
+            backward_2d(_even(state), dys[b], xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k],
+                        A_array[k], A2[k], D[k], states_array[b, k], dxs_array[pair, b],
+                        *(grad[b, k] for grad in grad_arrays))  # fmt: skip
 
     _run(task, [(b, pair) for b in range(batch) for pair in (0, 1)])
     dw_in, dw_delta, dbias, dA, dD = (grad.sum(0) for grad in weight_grads)
-    dw_bc, dw_dt = dw_in.mT[:, : 2 * state, :dim], dw_in.mT[:, 2 * state : 2 * state + rank, :dim]
-    dx_proj = torch.cat([dw_dt, dw_bc], dim=1)
+    dw_b, dw_c, dw_dt = dw_in.mT[:, : 2 * _even(state) + rank, :dim].split([_even(state), _even(state), rank], dim=1)
+    dx_proj = torch.cat([dw_dt, dw_b[:, :state], dw_c[:, :state]], dim=1)
     dw_delta = dw_delta.mT[:, :dim].contiguous()
     dbias, dD = (m[:, 0, :dim].contiguous() for m in (dbias, dD))
     return dxs[0].add_(dxs[1]), dx_proj, dw_delta, dbias, _from_vectors(dA, dim, state), dD.flatten()
@@ -202,11 +204,10 @@ def scan_1d_forward(
     y = torch.zeros(batch, groups, per_group, length, dtype=kind)
     states = torch.empty(states_shape_1d(u, state, groups), dtype=kind)
     y_array, states_array = y.numpy(), states.numpy()
-    forward = kernels(state, _row_length(state, 0)).forward_1d
 
     def task(b: int, g: int) -> None:
-        forward(us[b, g], deltas[b, g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus, TILE,
-                states_array[b, g], y_array[b, g])  # fmt: skip
+        forward_1d(_even(state), us[b, g], deltas[b, g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus,
+                   TILE, states_array[b, g], y_array[b, g])  # fmt: skip
 
     _run(task, [(b, g) for b in range(batch) for g in range(groups)])
     return y.view(batch, dim, length), states
@@ -237,11 +238,10 @@ def scan_1d_backward(
     dA, dD, dbias = (torch.zeros(batch, *m.shape, dtype=kind) for m in (As, Ds, bias))
     outputs = [m.numpy() for m in (du, ddelta, dA, dB, dC, dD, dbias)]
     states_array = states.numpy()
-    backward = kernels(state, _row_length(state, 0)).backward_1d
 
     def task(b: int, g: int) -> None:
-        backward(dys[b, g], us[b, g], deltas[b, g], As[g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus,
-                 TILE, states_array[b, g], *(m[b, g] for m in outputs))  # fmt: skip
+        backward_1d(_even(state), dys[b, g], us[b, g], deltas[b, g], As[g], A2[g], Bs[b, g], Cs[b, g], Ds[g],
+                    bias[g], delta_softplus, TILE, states_array[b, g], *(m[b, g] for m in outputs))  # fmt: skip
 
     _run(task, [(b, g) for b in range(batch) for g in range(groups)])
     du, ddelta = (m.view(batch, dim, length) for m in (du, ddelta))

@@ -1,7 +1,7 @@
 """Depthwise convolution: PyTorch's own, or kernels where Triton serves a GPU and Numba a CPU.
 
 On a CPU the forward pass of a training stays PyTorch's; its backward pass takes up to ten times as long as the kernel.
-In inference the kernel reads half of a projection's channels without a copy.
+In inference the kernel serves, too.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, groups=channels, padding="same", dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        if numba_infers(x):
+        if numba_infers(x) and x.ndim == 4 and x.shape[1] == self.in_channels and self.weight.dtype == x.dtype:
             from .cpu_depthwise import convolution  # Numba need not be there otherwise
 
             return convolution(x, self.weight, self.bias, self.dilation[0])

@@ -91,7 +91,7 @@ def predict_photos(
     entries = {}
     if resume:
         entries = _resumable(outputs.folder / JOURNAL_FILE, settings)
-        remove_unfinished({outputs.mask(photo.name).parent for photo in photos})
+        remove_unfinished({outputs.folder, *(outputs.mask(photo.name).parent for photo in photos)})
     report = Report()
     todo = []
     for photo in photos:

@@ -9,10 +9,10 @@ from masks import disc, save_mask, save_pairs
 from PIL import Image
 
 from nnunetv2_dermomamba.cli import main
+from nnunetv2_dermomamba.cost import Cost
 from nnunetv2_dermomamba.evaluation.evaluate import Settings, evaluate
 from nnunetv2_dermomamba.evaluation.metrics import mask_metrics
 from nnunetv2_dermomamba.evaluation.output import paper_rows, read_csv
-from nnunetv2_dermomamba.info import Cost
 
 
 def run(*arguments):

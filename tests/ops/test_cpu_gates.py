@@ -47,6 +47,12 @@ def test_gate_and_half_the_size_added(draw, shape):
     assert relative_error(gate_and_add(x.clone(), gate, low), expected) <= FORWARD[torch.float32]
 
 
+@pytest.mark.parametrize(("low", "gate"), [((1, 8, 2, 2), (1, 1, 4, 6)), ((1, 8, 2, 3), (1, 1, 1, 1))])
+def test_sizes_that_do_not_match_are_refused(low, gate):
+    with pytest.raises(ValueError, match="do not match"):
+        gate_and_add(torch.zeros(1, 8, 4, 6), torch.zeros(gate), torch.zeros(low))
+
+
 def test_decoder_in_inference_is_the_one_with_gradients():
     torch.manual_seed(0)
     stage, cbam = DecoderStage(16).eval(), CBAM(16).eval()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,23 @@ def test_1d_equals_naive_twin(tenth: int) -> None:
 def test_2d_equals_naive_twin(tenth: int) -> None:
     for seed in range(tenth, CASES, 10):
         check(case_2d(seed), selective_scan_2d_composed, selective_scan_2d, runs_of(seed))
+
+
+def test_another_process_finds_the_compiled_kernels(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from nnunetv2_dermomamba.ops import cpu_kernels, selective_scan_2d\n"
+        "shapes = [(1, 3, 3, 8), (4, 33, 8), (4, 8, 1), (4, 8), (32, 16), (32,)]\n"
+        "selective_scan_2d(*(-torch.rand(shape) for shape in shapes), backend='numba')\n"
+        "stats = cpu_kernels.forward_2d.stats\n"
+        "print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert [run.stdout.split()[-2:] for run in runs] == [["0", "1"], ["1", "0"]]
 
 
 def test_longer_than_any_chunk() -> None:
