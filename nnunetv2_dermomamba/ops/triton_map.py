@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL = 2**22
-"""Below this many positions a float32 quotient, rounded down, is exact."""
+SMALL = 2**20
+"""Below this many positions a float32 product with a reciprocal that is off by 2 ulp, rounded down, is exact."""
 
 
 @triton.jit
