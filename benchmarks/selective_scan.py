@@ -1,6 +1,6 @@
 """Time the selective scan's backends against each other: ``python benchmarks/selective_scan.py``.
 
-A correctness gate comes first. GPU rows: CUDA graph replays of forward + backward, medians, both backends in one run.
+A correctness gate comes first. GPU rows: CUDA graph replays of forward + backward, medians, all backends in one run.
 Without a GPU: the CPU's backends at the network's five stages, one image; the whole network against nnU-Net's U-Net is
 timed by ``benchmarks/inference.py`` and ``benchmarks/training.py --device cpu``.
 """
@@ -166,9 +166,9 @@ def gpu_tables(batch: int, backends: list[str]) -> None:
                 torch.cuda.empty_cache()
             print("  ".join(row), flush=True)
         print("sum  " + "  ".join(f"{b} {s[0]:.3f} / {s[1]:.3f}" for b, s in sums.items()))
-        if len(backends) == 2:
-            first, second = (sums[b] for b in backends)
-            print(f"{backends[1]} over {backends[0]}: {second[0] / first[0]:.2f} / {second[1] / first[1]:.2f}")
+        first = sums[backends[0]]
+        for other in backends[1:]:
+            print(f"{other} over {backends[0]}: {sums[other][0] / first[0]:.2f} / {sums[other][1] / first[1]:.2f}")
 
 
 def length_table(backend: str) -> None:
@@ -227,15 +227,17 @@ def main() -> None:
         return
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    gate(device, "triton")
-    backends = ["triton"]
-    mamba = next(b for b in BACKENDS if b.name == "mamba-ssm")
-    if (reason := why_not(mamba, device.type, torch.float32)) is None:
-        backends.append("mamba-ssm")
-    else:
-        print(f"mamba-ssm is not measured: {reason}")
+    backends = []
+    for name in ("cuda", "triton", "mamba-ssm"):
+        if (reason := why_not(next(b for b in BACKENDS if b.name == name), device.type, torch.float32)) is None:
+            backends.append(name)
+        else:
+            print(f"{name} is not measured: it {reason}")
+    for name in backends:
+        if name != "mamba-ssm":
+            gate(device, name)
     gpu_tables(args.batch or 48, backends)
-    length_table("triton")
+    length_table(backends[0])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class LoadedBackend:
 
 # Fastest first, by benchmarks/selective_scan.py.
 BACKENDS = (
+    Backend("cuda", "cuda_scan", ("cuda",), float64=False, fused=True),
     Backend("triton", "triton_scan", ("cuda",), float64=False, fused=True),
     Backend("mamba-ssm", "mamba_ssm_scan", ("cuda",), float64=False, fused=False),
     Backend("numba", "cpu_scan", ("cpu",), float64=True, fused=True),

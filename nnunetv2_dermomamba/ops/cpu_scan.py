@@ -36,7 +36,7 @@ def _even(state: int) -> int:
     return state + state % 2
 
 
-def states_shape_2d(x: Tensor, state: int) -> list[int]:
+def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
     """Shape of the saved states of ``scan_2d_forward``: (batch, 4, chunks, d / 8 * N, 8), d rounded up."""
     batch, height, width, dim = x.shape
     return [batch, 4, (height * width + TILE - 1) // TILE, _padded(dim) // LANES * _even(state), LANES]
@@ -126,7 +126,7 @@ def scan_2d_forward(
     kind, state = _accumulation_type(x), A.shape[1]
     w_in, w_delta, bias, _, A2, D = _weights_2d(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, kind)
     xs = _array(x, kind).reshape(batch, height * width, dim)
-    states = torch.empty(states_shape_2d(x, state), dtype=kind)
+    states = torch.empty(states_shape_2d(x, dt_projs_weight.shape[2], state), dtype=kind)
     ys = torch.empty(2, batch, height, width, dim, dtype=kind)  # rows and columns, so that two tasks never share a row
     states_array, ys_array = states.numpy(), ys.view(2, batch, height * width, dim).numpy()
 

@@ -117,7 +117,7 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
     @forward.register_fake
     def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):  # type: ignore[no-untyped-def]
         kind = _accumulation_type(x)
-        states = x.new_empty(module.states_shape_2d(x, A.shape[1]), dtype=kind)
+        states = x.new_empty(module.states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]), dtype=kind)
         return torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format), states
 
     @torch.library.custom_op(f"dermomamba::{name}_scan_2d_backward", mutates_args=())

@@ -40,4 +40,4 @@ def recompute(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
 
 def _is_worth_it(x: Tensor) -> bool:
     """Other backends' scans are no single operator, and would be repeated."""
-    return x.is_cuda and choose_backend("cuda", x.dtype) == "triton"
+    return x.is_cuda and choose_backend("cuda", x.dtype) in ("cuda", "triton")

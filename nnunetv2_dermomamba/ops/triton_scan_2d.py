@@ -341,7 +341,7 @@ def _plan(x: Tensor, A: Tensor) -> _Plan:
     return _Plan(batch, height, width, d, A.shape[1])
 
 
-def states_shape_2d(x: Tensor, state: int) -> list[int]:
+def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
     """Shape of ``states``: (batch, 4, chunks, d, state), what enters each chunk; the 1D scan's for wide maps."""
     batch, height, width, d = x.shape
     if d > MAX_BLOCK:

@@ -193,7 +193,7 @@ def test_requested_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -
     x, *weights = (t.float() for t in case_2d(2).tensors)
     with pytest.raises(RuntimeError, match=r"'triton' cannot serve.*serves cuda tensors, not cpu"):
         selective_scan_2d(x, *weights, backend="triton")
-    with pytest.raises(ValueError, match="choose one of triton, mamba-ssm, numba, torch"):
+    with pytest.raises(ValueError, match="choose one of cuda, triton, mamba-ssm, numba, torch"):
         selective_scan_2d(x, *weights, backend="fast")
     monkeypatch.setenv("DERMOMAMBA_BACKEND", "mamba-ssm")
     with pytest.raises(RuntimeError, match="'mamba-ssm' cannot serve"):

@@ -96,7 +96,7 @@ def check_2d(inputs):
     reference = selective_scan_2d_composed(**leaves)
     dy = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     y, states = triton_scan.scan_2d_forward(*inputs.values())
-    assert list(states.shape) == triton_scan.states_shape_2d(inputs["x"], inputs["A"].shape[1])
+    assert list(states.shape) == triton_scan.states_shape_2d(inputs["x"], 1, inputs["A"].shape[1])
     check(y, triton_scan.scan_2d_backward(dy, *inputs.values(), states), reference, dy, leaves)
 
 

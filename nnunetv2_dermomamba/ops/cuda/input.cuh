@@ -1,0 +1,36 @@
+// Reading inputs of 32 or 16 bits as float, four positions at once. Compiled with -DINPUT=0 (float32), 1 (float16) or
+// 2 (bfloat16): plain bits, so that no header of the CUDA toolkit is needed.
+
+#if INPUT == 0
+typedef float Input;
+__device__ __forceinline__ float widen(Input x) { return x; }
+#else
+typedef unsigned short Input;
+__device__ __forceinline__ float widen(Input x) {
+#if INPUT == 1 && defined(EMULATED)
+    return emulated_half(x);
+#elif INPUT == 1
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+#else
+    return __uint_as_float((unsigned)x << 16);
+#endif
+}
+#endif
+
+struct alignas(4 * sizeof(Input)) FourInputs {
+    Input at[4];
+};
+
+__device__ __forceinline__ Four widen4(const Input* p) {
+    const FourInputs v = *reinterpret_cast<const FourInputs*>(p);
+    Four wide;
+    for (int i = 0; i < 4; ++i) wide.at[i] = widen(v.at[i]);
+    return wide;
+}
+
+#if INPUT != 0
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ Four widen4(const float* p) { return read4(p); }
+#endif

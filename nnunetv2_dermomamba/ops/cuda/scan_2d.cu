@@ -1,0 +1,688 @@
+// The scan of a map in four directions with its projections: summaries of chunks, the scan, its gradients. After
+// walk.cuh, input.cuh and products.cuh.
+//
+// A block projects SUB positions of each of its segments at a time into shared rows and walks them. Row-major and
+// column-major paths are different blocks and write different maps; a path and its reverse are one block's, one after
+// the other, so that sums need no atomics and repeat bit for bit. Compiled with -DWHOLE=<whether all D channels exist>.
+
+struct Map {
+    int height, width, d, rank, states;
+    int spans;  // of SEGMENTS chunks a path
+    int subs;   // blocks of SUB positions a chunk
+};
+
+constexpr int RANK = 8;         // rows of dt at most
+constexpr int WEIGHT = D + 4;   // floats from row to row of the weights in shared memory: other banks
+constexpr int HALVES = SUB / 8;  // tiles of eight positions a segment
+constexpr int LIFT = (RANK + 2 * N) * WEIGHT, SKIP = LIFT + D * RANK, WEIGHT_FLOATS = SKIP + D;
+
+// Shared rows of a segment. Those of dy, and of what the backward pass sums, are its own.
+constexpr int U = 0, DELTA = D, W = 2 * D, B_ROW = 3 * D, C_ROW = 3 * D + N, DT = 3 * D + 2 * N, ROWS = DT + RANK;
+constexpr int DDT = ROWS, DY = DDT + RANK + 4;  // four more than W modulo eight: in other banks
+constexpr int SUMS = DY + D;
+constexpr bool IN_PLACE = GROUP == 32;  // a segment is one warp's: dB and dC over B and C
+constexpr int BACKWARD_ROWS = SUMS + (IN_PLACE ? 0 : PARTS * 2 * N);
+
+// A path's cells, in its own order.
+struct Path {
+    int height, width, length, last;
+    bool column, reverse;
+
+    __device__ __forceinline__ Path(const Map& map, int direction) {
+        height = map.height;
+        width = map.width;
+        length = height * width;
+        last = map.spans * SEGMENTS * map.subs * SUB - 1;
+        column = direction & 1;
+        reverse = direction >> 1;
+    }
+    __device__ __forceinline__ int cell(int step) const { return reverse ? last - step : step; }
+};
+
+// A thread's share of a map: four channels of two positions of its group's segments a sub-block.
+struct MapShare {
+    static constexpr int QUADS = D / 4 < 4 ? D / 4 : 4;  // of channels side by side
+    int segment[2], column[2], channel[2];
+
+    __device__ __forceinline__ MapShare() {
+        for (int i = 0; i < 2; ++i) {
+            const int index = threadIdx.x % GROUP + i * GROUP;
+            column[i] = index / QUADS % SUB;
+            const int rest_of = index / QUADS / SUB;
+            channel[i] = 4 * (index % QUADS + rest_of % (D / 4 / QUADS) * QUADS);
+            segment[i] = threadIdx.x / GROUP * GROUP_SEGMENTS + rest_of / (D / 4 / QUADS);
+        }
+    }
+    __device__ __forceinline__ int cell(int rows, int i) const {
+        return segment[i] * segment_floats(rows) + channel[i] * ROW + column[i];
+    }
+};
+
+// Where a thread's shares of a sub-block are in the map: row (of a column-major path) or position, followed from
+// sub-block to sub-block without division.
+struct Cursor {
+    int cell[2], line[2], across_lines[2];  // cell = across_lines height + line, along columns
+
+    __device__ __forceinline__ Cursor(const MapShare& share, const Path& path, const Map& map, int span, int sub) {
+        for (int i = 0; i < 2; ++i) {
+            cell[i] = path.cell((span * SEGMENTS + share.segment[i]) * map.subs * SUB + sub * SUB + share.column[i]);
+            across_lines[i] = path.column ? cell[i] / path.height : 0;
+            line[i] = cell[i] - across_lines[i] * path.height;
+        }
+    }
+    // To the next sub-block along the path, or (back) to the one before.
+    __device__ __forceinline__ void move(const Path& path, bool back) {
+        const bool up = path.reverse == back;
+        for (int i = 0; i < 2; ++i) {
+            cell[i] += up ? SUB : -SUB;
+            line[i] += up ? SUB : -SUB;
+            if (path.column) {
+                while (line[i] >= path.height) {
+                    line[i] -= path.height;
+                    ++across_lines[i];
+                }
+                while (line[i] < 0) {
+                    line[i] += path.height;
+                    --across_lines[i];
+                }
+            }
+        }
+    }
+    // Position in the map, -1 where there is none.
+    __device__ __forceinline__ int position(const Path& path, int i) const {
+        const int at = path.column ? line[i] * path.width + across_lines[i] : cell[i];
+        return (unsigned)cell[i] < (unsigned)path.length ? at : -1;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ Four read_map(const T* map, int position, int channel, int d) {
+    Four v = {};
+    if (position < 0) return v;
+    const T* from = map + (long long)position * d + channel;
+    if (WHOLE) return widen4(from);
+    for (int k = 0; k < 4; ++k)
+        if (channel + k < d) v.at[k] = widen(from[k]);
+    return v;
+}
+
+__device__ __forceinline__ void write_map(float* map, int position, int channel, int d, const Four& v) {
+    if (position < 0) return;
+    float* to = map + (long long)position * d + channel;
+    if (WHOLE) return write4(to, v);
+    for (int k = 0; k < 4; ++k)
+        if (channel + k < d) to[k] = v.at[k];
+}
+
+// A sub-block of a map on its way to shared rows.
+template <typename T>
+struct LoadedMap {
+    Four v[2];
+    __device__ __forceinline__ void read(const T* map, const MapShare& share, const Path& path, const Cursor& cursor,
+                                         int d) {
+        for (int i = 0; i < 2; ++i) v[i] = read_map(map, cursor.position(path, i), share.channel[i], d);
+    }
+    __device__ __forceinline__ void place(const MapShare& share, float* shared, int rows, int first) const {
+        for (int i = 0; i < 2; ++i)
+            for (int k = 0; k < 4; ++k) shared[share.cell(rows, i) + (first + k) * ROW] = v[i].at[k];
+    }
+};
+
+// A direction's weights in shared memory: rows of dt (RANK, zeros behind the last), B and C of x_proj_weight, and
+// dt_projs_weight as (D, RANK); Ds where there is any.
+__device__ __forceinline__ void stage_weights(const float* x_proj, const float* dt_projs, const float* skip,
+                                              const Map& map, int direction, float* weights) {
+    const float* from = x_proj + direction * (map.rank + 2 * map.states) * map.d;
+    for (int index = threadIdx.x; index < (RANK + 2 * N) * D; index += THREADS) {
+        const int row = index / D, c = index % D;
+        int source = row < map.rank ? row : -1;
+        if (row >= RANK) {
+            const int n = (row - RANK) % N;
+            source = n < map.states ? map.rank + (row - RANK) / N * map.states + n : -1;
+        }
+        weights[row * WEIGHT + c] = source >= 0 && c < map.d ? from[source * map.d + c] : 0.0f;
+    }
+    for (int index = threadIdx.x; index < D * RANK; index += THREADS) {
+        const int c = index / RANK, r = index % RANK;
+        const bool exists = c < map.d && r < map.rank;
+        weights[LIFT + index] = exists ? dt_projs[(direction * map.d + c) * map.rank + r] : 0.0f;
+    }
+    for (int c = threadIdx.x; c < D; c += THREADS) weights[SKIP + c] = skip && c < map.d ? skip[direction * map.d + c] : 0.0f;
+}
+
+// Which tiles of a product a warp computes: of HALVES x segments its own, of ``count`` tiles every step-th.
+struct Tiles {
+    int first, step, half;
+    bool idle;
+    __device__ __forceinline__ Tiles() {
+        const int warp = threadIdx.x % GROUP / 32;
+        half = warp % HALVES;
+        first = GROUP_WARPS > 1 ? warp / HALVES : 0;
+        step = GROUP_WARPS > HALVES ? GROUP_WARPS / HALVES : 1;
+    }
+};
+constexpr int UNITS = GROUP_WARPS > 1 ? 1 : GROUP_SEGMENTS * HALVES;  // of eight positions a warp
+
+// The first shared row, at its unit's first position, of a warp's unit.
+__device__ __forceinline__ int unit_at(const Tiles& tiles, int unit, int rows) {
+    const int segment = threadIdx.x / GROUP * GROUP_SEGMENTS + (GROUP_WARPS > 1 ? 0 : unit / HALVES);
+    return segment * segment_floats(rows) + (GROUP_WARPS > 1 ? tiles.half : unit % HALVES) * 8;
+}
+
+// Rows of dt, and of B (unless C alone is wanted) and C (unless B alone is), from those of u.
+template <bool WITH_B, bool WITH_C>
+__device__ __forceinline__ void project(float* shared, const float* weights, int rows) {
+    const Tiles tiles;
+    constexpr int COUNT = 1 + WITH_B + WITH_C;
+    constexpr int AHEAD = D < 64 ? D / 8 : 4;  // products whose right factors are in registers
+    float sums[COUNT][UNITS][4] = {};
+#pragma unroll 1
+    for (int first = 0; first < D; first += 8 * AHEAD) {
+        Right<HALF_INPUT> u[AHEAD][UNITS];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+#pragma unroll
+            for (int unit = 0; unit < UNITS; ++unit)
+                u[k][unit] =
+                    Right<HALF_INPUT>(shared + unit_at(tiles, unit, rows) + (U + first + 8 * k) * ROW, ROW, 1);
+#pragma unroll
+        for (int tile = 0; tile < COUNT; ++tile) {
+            if (tile % tiles.step != tiles.first) continue;
+            const int kind = tile == 0 ? 0 : WITH_B && tile == 1 ? 1 : 2;  // dt, B, C
+            const float* from = weights + (kind == 0 ? 0 : RANK + (kind - 1) * N) * WEIGHT + first;
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+                const Left a(from + 8 * k, WEIGHT, 1, kind == 0 ? RANK : 16, 8);
+#pragma unroll
+                for (int unit = 0; unit < UNITS; ++unit) multiply(sums[tile][unit], a, u[k][unit]);
+            }
+        }
+    }
+#pragma unroll
+    for (int tile = 0; tile < COUNT; ++tile) {
+        if (tile % tiles.step != tiles.first) continue;
+        const int kind = tile == 0 ? 0 : WITH_B && tile == 1 ? 1 : 2;
+        const int to = kind == 0 ? DT : kind == 1 ? B_ROW : C_ROW;
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) {
+            float* at = shared + unit_at(tiles, unit, rows) + to * ROW;
+            each_pair(sums[tile][unit], [&](int m, int n, float a, float b) {
+                if (kind != 0 || m < RANK) write2(at + m * ROW + n, a, b);
+            });
+        }
+    }
+}
+
+// A thread's share of rows over time, with the bias of its channels.
+struct RowShare {
+    Share share;
+    int cell, first;
+    float bias[CHANNEL_ROWS];
+    __device__ __forceinline__ RowShare(const Map& map, const float* bias_of, int direction, int span, int rows) {
+        cell = share.cell(rows);
+        first = (span * SEGMENTS + share.segment) * map.subs * SUB + share.quad * 4;
+        for (int i = 0; i < CHANNEL_ROWS; ++i) {
+            const int row = share.row + i * PASS;
+            bias[i] = row < map.d ? bias_of[direction * map.d + row] : 0.0f;
+        }
+    }
+    __device__ __forceinline__ bool exists(const Path& path, int sub, int k) const {
+        return path.cell(first + sub * SUB + k) < path.length;
+    }
+};
+
+// Rows of delta = softplus(dt_projs_weight dt + bias) and, for the forward walk, w = delta u.
+template <bool PRODUCT>
+__device__ __forceinline__ void make_steps(const RowShare& mine, const Path& path, const Map& map, int sub,
+                                           const float* weights, float* shared) {
+    const float* lift = weights + LIFT;
+    bool exists[4];
+    for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
+    float raw[CHANNEL_ROWS][4];
+    for (int i = 0; i < CHANNEL_ROWS; ++i)
+        for (int k = 0; k < 4; ++k) raw[i][k] = mine.bias[i];
+#pragma unroll 1
+    for (int r = 0; r < map.rank; ++r) {
+        const Four dt = read4(shared + mine.cell + (DT + r - mine.share.row) * ROW);
+        for (int i = 0; i < CHANNEL_ROWS; ++i) {
+            const float by = lift[(mine.share.row + i * PASS) * RANK + r];
+            for (int k = 0; k < 4; ++k) raw[i][k] = fmaf(by, dt.at[k], raw[i][k]);
+        }
+    }
+    for (int i = 0; i < CHANNEL_ROWS; ++i) {
+        float* cell = shared + mine.cell + i * PASS * ROW;
+        Four steps;
+        for (int k = 0; k < 4; ++k) {
+            const float step = softplus(raw[i][k]);
+            steps.at[k] = exists[k] && (WHOLE || mine.share.row + i * PASS < map.d) ? step : 0.0f;
+        }
+        write4(cell + DELTA * ROW, steps);
+        if (PRODUCT) {
+            Four w = read4(cell + U * ROW);
+            for (int k = 0; k < 4; ++k) w.at[k] *= steps.at[k];
+            write4(cell + W * ROW, w);
+        }
+    }
+}
+
+__device__ __forceinline__ void read_decays(const float* A, const Map& map, int direction, const Lane& lane, Tile& A2) {
+    for (int r = 0; r < CHANNELS; ++r)
+        for (int j = 0; j < STATES; ++j) {
+            const int c = lane.channel[r], n = lane.state[j];
+            const bool exists = c < map.d && n < map.states;
+            A2[r][j] = exists ? A[(direction * map.d + c) * map.states + n] * LOG2E : 0.0f;
+        }
+}
+
+// Row of a lane's channel among the chunks' states (batch, 4, chunks, d, N).
+__device__ __forceinline__ long long chunk_row(const Map& map, int batch, int direction, int span, const Lane& lane,
+                                               int r) {
+    const long long path = (long long)batch * 4 + direction;
+    return ((path * map.spans + span) * SEGMENTS + lane.segment) * map.d + lane.channel[r];
+}
+
+__device__ __forceinline__ void read_chunk(const float* states, const Map& map, int batch, int direction, int span,
+                                           const Lane& lane, Tile& h) {
+    for (int r = 0; r < CHANNELS; ++r)
+        for (int j = 0; j < STATES; ++j)
+            h[r][j] = lane.channel[r] < map.d
+                          ? states[chunk_row(map, batch, direction, span, lane, r) * N + lane.state[j]]
+                          : 0.0f;
+}
+
+// A block of (batch, 4, spans).
+template <bool ADJOINT>
+__device__ __forceinline__ void summarise(float* shared, const Input* x, const float* dy, const float* x_proj,
+                                          const float* dt_projs, const float* bias_of, const float* A, float* state,
+                                          float* total, const Map& map) {
+    const int span = blockIdx.x % map.spans, direction = blockIdx.x / map.spans % 4;
+    const int batch = blockIdx.x / map.spans / 4;
+    const Path path(map, direction);
+    const Lane lane;
+    const MapShare share;
+    const RowShare mine(map, bias_of, direction, span, ROWS);
+    float* weights = shared + SEGMENTS * segment_floats(ROWS);
+    const float* rows = shared + lane.segment * segment_floats(ROWS);
+    const long long offset = (long long)batch * path.length * map.d;
+    Tile A2, h = {};
+    float sum[CHANNELS] = {};
+    LoadedMap<Input> in;
+    LoadedMap<float> out;
+    read_decays(A, map, direction, lane, A2);
+    stage_weights(x_proj, dt_projs, nullptr, map, direction, weights);
+    Cursor cursor(share, path, map, span, ADJOINT ? map.subs - 1 : 0);
+    in.read(x + offset, share, path, cursor, map.d);
+    if (ADJOINT) out.read(dy + offset, share, path, cursor, map.d);
+    __syncthreads();
+    for (int i = 0; i < map.subs; ++i) {
+        const int sub = ADJOINT ? map.subs - 1 - i : i;
+        in.place(share, shared, ROWS, U);
+        if (ADJOINT) out.place(share, shared, ROWS, W);
+        if (i + 1 < map.subs) {
+            cursor.move(path, ADJOINT);
+            in.read(x + offset, share, path, cursor, map.d);
+            if (ADJOINT) out.read(dy + offset, share, path, cursor, map.d);
+        }
+        group_sync();
+        project<!ADJOINT, ADJOINT>(shared, weights, ROWS);
+        group_sync();
+        make_steps<!ADJOINT>(mine, path, map, sub, weights, shared);
+        group_sync();
+        walk_summary<ADJOINT>(lane, rows + DELTA * ROW, rows + W * ROW, rows + (ADJOINT ? C_ROW : B_ROW) * ROW, A2, h, sum);
+        group_sync();
+    }
+    for (int r = 0; r < CHANNELS; ++r) {
+        if (lane.channel[r] >= map.d) continue;
+        const long long row = chunk_row(map, batch, direction, span, lane, r);
+        if (threadIdx.x / 2 % 2 == 0) total[row] = sum[r];
+        for (int j = 0; j < STATES; ++j) state[row * N + lane.state[j]] = h[r][j];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    summary_2d(const Input* x, const float* x_proj, const float* dt_projs, const float* bias, const float* A,
+               float* state, float* total, Map map) {
+    extern __shared__ float shared[];
+    summarise<false>(shared, x, nullptr, x_proj, dt_projs, bias, A, state, total, map);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    adjoint_2d(const Input* x, const float* dy, const float* x_proj, const float* dt_projs, const float* bias,
+               const float* A, float* state, float* total, Map map) {
+    extern __shared__ float shared[];
+    summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
+}
+
+// y of the row-major paths, and of the column-major ones behind it: (2, batch, height, width, d).
+extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
+    forward_2d(const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of, const float* A,
+               const float* skip, const float* starts, float* y, Map map) {
+    extern __shared__ float shared[];
+    const int block_span = blockIdx.x % map.spans, column = blockIdx.x / map.spans % 2;
+    const int batch = blockIdx.x / map.spans / 2, batches = gridDim.x / map.spans / 2;
+    const Lane lane;
+    const MapShare share;
+    float* weights = shared + SEGMENTS * segment_floats(ROWS);
+    float* rows = shared + lane.segment * segment_floats(ROWS);
+    const long long length = (long long)map.height * map.width * map.d;
+    x += batch * length;
+    y += (column * batches + batch) * length;
+#pragma unroll 1
+    for (int reverse = 0; reverse < 2; ++reverse) {
+        const int direction = column + 2 * reverse, span = reverse ? map.spans - 1 - block_span : block_span;
+        const Path path(map, direction);
+        const RowShare mine(map, bias_of, direction, span, ROWS);
+        Tile A2, h;
+        LoadedMap<Input> in;
+        read_decays(A, map, direction, lane, A2);
+        read_chunk(starts, map, batch, direction, span, lane, h);
+        __syncthreads();
+        stage_weights(x_proj, dt_projs, skip, map, direction, weights);
+        Cursor cursor(share, path, map, span, 0);
+        in.read(x, share, path, cursor, map.d);
+        __syncthreads();
+#pragma unroll 1
+        for (int sub = 0; sub < map.subs; ++sub) {
+            in.place(share, shared, ROWS, U);
+            const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
+            cursor.move(path, false);
+            if (sub + 1 < map.subs) in.read(x, share, path, cursor, map.d);
+            group_sync();
+            project<true, true>(shared, weights, ROWS);
+            group_sync();
+            make_steps<true>(mine, path, map, sub, weights, shared);
+            group_sync();
+            walk_output(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, rows + C_ROW * ROW, A2, h);
+            group_sync();
+            for (int i = 0; i < 2; ++i) {
+                const int channel = share.channel[i];
+                Four sum = {};
+                if (reverse) sum = read_map(y, position[i], channel, map.d);
+                const Four by = read4(weights + SKIP + channel);
+                const float* cell = shared + share.cell(ROWS, i);
+                for (int k = 0; k < 4; ++k)
+                    sum.at[k] += fmaf(by.at[k], cell[(U + k) * ROW], cell[(W + k) * ROW]);
+                write_map(y, position[i], channel, map.d, sum);
+            }
+            group_sync();
+        }
+    }
+}
+
+// Sums of a warp's products over positions: gradients of the projections' rows (B, C, dt) and of dt_projs_weight.
+constexpr int COLUMN_TILES = D == 8 ? 1 : 2;  // of eight channels a warp
+struct WeightSums {
+    float rows[3][COLUMN_TILES][4] = {};
+    float lift[4] = {};
+};
+
+// What follows a sub-block's walk back: gradients of dt, of x and of the weights from those of delta, w, B and C.
+__device__ __forceinline__ void products_back(const Map& map, const float* weights, float* shared, WeightSums& sums) {
+    const Tiles tiles;
+    const float* lift = weights + LIFT;
+    if (tiles.first == 0) {  // ddt = dt_projs_weight^T ddelta
+        float ddt[UNITS][4] = {};
+#pragma unroll(D < 64 ? D / 8 : 4)
+        for (int k = 0; k < D; k += 8) {
+            const Left a(lift + k * RANK, 1, RANK, RANK, 8);
+#pragma unroll
+            for (int unit = 0; unit < UNITS; ++unit) {
+                const Right<false> b(shared + unit_at(tiles, unit, BACKWARD_ROWS) + (W + k) * ROW, ROW, 1);
+                multiply(ddt[unit], a, b);
+            }
+        }
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) {
+            float* at = shared + unit_at(tiles, unit, BACKWARD_ROWS) + DDT * ROW;
+            each_pair(ddt[unit], [&](int m, int n, float a, float b) {
+                if (m < RANK) write2(at + m * ROW + n, a, b);
+            });
+        }
+    }
+    group_sync();
+    for (int tile = tiles.first; tile * 16 < D; tile += tiles.step) {  // dx += x_proj_weight^T (dB, dC, ddt)
+        float dx[UNITS][4] = {};
+#pragma unroll
+        for (int k = 0; k < 2 * N + RANK; k += 8) {
+            const int from = k < 2 * N ? RANK + k : 0, row = k < 2 * N ? B_ROW + k : DDT;
+            const Left a(weights + from * WEIGHT + tile * 16, 1, WEIGHT, D < 16 ? D : 16, 8);
+#pragma unroll
+            for (int unit = 0; unit < UNITS; ++unit) {
+                const Right<false> b(shared + unit_at(tiles, unit, BACKWARD_ROWS) + row * ROW, ROW, 1);
+                multiply(dx[unit], a, b);
+            }
+        }
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) {
+            float* at = shared + unit_at(tiles, unit, BACKWARD_ROWS) + (DELTA + tile * 16) * ROW;
+            each_pair(dx[unit], [&](int m, int n, float a, float b) {
+                float* to = at + m * ROW + n;
+                if (m < D) write2(to, to[0] + a, to[1] + b);
+            });
+        }
+    }
+    // Sums over positions: a warp has COLUMN_TILES of the channels, and one of 16 for dt_projs_weight.
+    const int warp = threadIdx.x % GROUP / 32;
+#pragma unroll
+    for (int s = 0; s < GROUP_SEGMENTS; ++s) {
+        const float* rows = shared + (threadIdx.x / GROUP * GROUP_SEGMENTS + s) * segment_floats(BACKWARD_ROWS);
+#pragma unroll
+        for (int k = 0; k < SUB; k += 8) {
+            Right<HALF_INPUT> u[COLUMN_TILES];
+            for (int n = 0; n < COLUMN_TILES; ++n)
+                u[n] = Right<HALF_INPUT>(rows + (U + (warp * COLUMN_TILES + n) * 8) * ROW + k, 1, ROW);
+            for (int m = 0; m < 3; ++m) {
+                const Left a(rows + (m < 2 ? B_ROW + m * N : DDT) * ROW + k, ROW, 1, m < 2 ? 16 : RANK, 8);
+                for (int n = 0; n < COLUMN_TILES; ++n) multiply(sums.rows[m][n], a, u[n]);
+            }
+            const Left ddelta(rows + (W + warp * 16) * ROW + k, ROW, 1, D < 16 ? D : 16, 8);
+            const Right<false> dt(rows + DT * ROW + k, 1, ROW);
+            multiply(sums.lift, ddelta, dt);
+        }
+    }
+}
+
+// dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...), those of a path of
+// (batch, span) by the block of the same positions.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
+                const float* A, const float* skip, const float* starts, const float* adjoints, float* dx,
+                float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
+    extern __shared__ float shared[];
+    const int block_span = blockIdx.x % map.spans, column = blockIdx.x / map.spans % 2;
+    const int batch = blockIdx.x / map.spans / 2, batches = gridDim.x / map.spans / 2;
+    const Lane lane;
+    const MapShare share;
+    float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
+    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;      // states every STEPS positions of a sub-block
+    float* entered = before + SUB / STEPS * CHANNELS * THREADS * STATES;  // and at every sub-block
+    float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
+    const int part = threadIdx.x % GROUP / 32;
+    float* dm = rows + (IN_PLACE ? B_ROW : SUMS + part * 2 * N) * ROW;
+    const long long length = (long long)map.height * map.width * map.d;
+    x += batch * length;
+    dy += batch * length;
+    dx += (column * batches + batch) * length;
+#pragma unroll 1
+    for (int reverse = 0; reverse < 2; ++reverse) {
+        const int direction = column + 2 * reverse, span = reverse ? map.spans - 1 - block_span : block_span;
+        const Path path(map, direction);
+        const RowShare mine(map, bias_of, direction, span, BACKWARD_ROWS);
+        Tile A2, h, g, sum_dA = {};
+        float sum_bias[CHANNEL_ROWS] = {}, sum_skip[CHANNEL_ROWS] = {};
+        WeightSums sums;
+        read_decays(A, map, direction, lane, A2);
+        read_chunk(starts, map, batch, direction, span, lane, h);
+        __syncthreads();
+        stage_weights(x_proj, dt_projs, skip, map, direction, weights);
+        __syncthreads();
+        Cursor cursor(share, path, map, span, 0);
+        {
+            LoadedMap<Input> in;
+            in.read(x, share, path, cursor, map.d);
+#pragma unroll 1
+            for (int sub = 0; sub < map.subs; ++sub) {
+                for (int r = 0; r < CHANNELS; ++r)
+                    write4(entered + (sub * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
+                if (sub + 1 == map.subs) break;
+                in.place(share, shared, BACKWARD_ROWS, U);
+                cursor.move(path, false);
+                in.read(x, share, path, cursor, map.d);
+                group_sync();
+                project<true, false>(shared, weights, BACKWARD_ROWS);
+                group_sync();
+                make_steps<true>(mine, path, map, sub, weights, shared);
+                group_sync();
+#pragma unroll
+                for (int q = 0; q < SUB / STEPS; ++q)
+                    walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
+                group_sync();
+            }
+        }
+        read_chunk(adjoints, map, batch, direction, span, lane, g);
+#pragma unroll 1
+        for (int sub = map.subs - 1; sub >= 0; --sub) {
+            {
+                LoadedMap<Input> in;
+                LoadedMap<float> out;
+                in.read(x, share, path, cursor, map.d);
+                out.read(dy, share, path, cursor, map.d);
+                in.place(share, shared, BACKWARD_ROWS, U);
+                out.place(share, shared, BACKWARD_ROWS, DY);
+            }
+            group_sync();
+            project<true, true>(shared, weights, BACKWARD_ROWS);
+            group_sync();
+            make_steps<true>(mine, path, map, sub, weights, shared);
+            for (int i = 0; i < CHANNEL_ROWS; ++i) {
+                const float* cell = shared + mine.cell + i * PASS * ROW;
+                const Four in = read4(cell + U * ROW), out = read4(cell + DY * ROW);
+                for (int k = 0; k < 4; ++k) sum_skip[i] = fmaf(out.at[k], in.at[k], sum_skip[i]);
+            }
+            group_sync();
+            for (int r = 0; r < CHANNELS; ++r) {
+                const Four from = read4(entered + (sub * CHANNELS + r) * THREADS * STATES);
+                for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
+            }
+#pragma unroll
+            for (int q = 0; q < SUB / STEPS; ++q) {
+                for (int r = 0; r < CHANNELS; ++r)
+                    write4(before + (q * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
+                if (q < SUB / STEPS - 1)
+                    walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
+            }
+#pragma unroll 1
+            for (int q = SUB / STEPS - 1; q >= 0; --q) {
+                for (int r = 0; r < CHANNELS; ++r) {
+                    const Four from = read4(before + (q * CHANNELS + r) * THREADS * STATES);
+                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
+                }
+                walk_back(lane, rows + DELTA * ROW, rows + W * ROW, rows + DY * ROW, rows + B_ROW * ROW,
+                          rows + C_ROW * ROW, dm, dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
+            }
+            group_sync();
+            // Gradients of the pre-activations over w, those of x that bypass the projections over delta.
+            bool exists[4];
+            for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
+            for (int i = 0; i < CHANNEL_ROWS; ++i) {
+                float* cell = shared + mine.cell + i * PASS * ROW;
+                const Four in = read4(cell + U * ROW), steps = read4(cell + DELTA * ROW);
+                const Four by_input = read4(cell + W * ROW), by_decay = read4(cell + DY * ROW);
+                Four ddelta, direct;
+                for (int k = 0; k < 4; ++k) {
+                    const float by_delta = fmaf(in.at[k], by_input.at[k], by_decay.at[k]);
+                    ddelta.at[k] = exists[k] ? by_delta * softplus_slope(steps.at[k]) : 0.0f;
+                    sum_bias[i] += ddelta.at[k];
+                    direct.at[k] = steps.at[k] * by_input.at[k];
+                }
+                write4(cell + W * ROW, ddelta);
+                write4(cell + DELTA * ROW, direct);
+            }
+            if (!IN_PLACE) {
+                const Share own;
+                for (int i = 0; i < STATE_ROWS; ++i) {
+                    if (own.row + i * PASS >= N) continue;
+                    for (int m = 0; m < 2; ++m) {
+                        float* cell = shared + mine.cell + (m * N + i * PASS) * ROW;
+                        Four sum = {};
+                        for (int p = 0; p < PARTS; ++p) {
+                            const Four one = read4(cell + (SUMS + p * 2 * N) * ROW);
+                            for (int k = 0; k < 4; ++k) sum.at[k] += one.at[k];
+                        }
+                        write4(cell + B_ROW * ROW, sum);
+                    }
+                }
+            }
+            group_sync();
+            products_back(map, weights, shared, sums);
+            group_sync();
+            for (int i = 0; i < 2; ++i) {
+                const int position = cursor.position(path, i), channel = share.channel[i];
+                Four sum = {};
+                if (reverse) sum = read_map(dx, position, channel, map.d);
+                const Four out = read_map(dy, position, channel, map.d), by = read4(weights + SKIP + channel);
+                const float* cell = shared + share.cell(BACKWARD_ROWS, i);
+                for (int k = 0; k < 4; ++k) sum.at[k] += fmaf(by.at[k], out.at[k], cell[(DELTA + k) * ROW]);
+                write_map(dx, position, channel, map.d, sum);
+            }
+            cursor.move(path, true);
+            group_sync();
+        }
+
+        // The block's sums, by way of the shared rows.
+        __syncthreads();
+        const long long partial = ((long long)batch * map.spans + block_span) * 4 + direction;
+        const int group = threadIdx.x / GROUP, warp = threadIdx.x % GROUP / 32;
+        constexpr int GROUPS = THREADS / GROUP, PER_GROUP = (2 * N + RANK) * D + D * RANK;
+        float* own = shared + group * PER_GROUP;
+        for (int n = 0; n < COLUMN_TILES; ++n)
+            for (int m = 0; m < 3; ++m)
+                each_pair(sums.rows[m][n], [&](int row, int c, float a, float b) {
+                    if (m < 2 || row < RANK) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
+                });
+        each_pair(sums.lift, [&](int c, int r, float a, float b) {
+            if (c < D) write2(own + (2 * N + RANK) * D + (warp * 16 + c) * RANK + r, a, b);
+        });
+        __syncthreads();
+        for (int index = threadIdx.x; index < PER_GROUP; index += THREADS) {
+            float sum = 0.0f;
+            for (int i = 0; i < GROUPS; ++i) sum += shared[i * PER_GROUP + index];
+            if (index < (2 * N + RANK) * D) {
+                const int row = index / D, c = index % D, n = row % N;
+                const bool low = row >= 2 * N;
+                const int to = low ? row - 2 * N : map.rank + row / N * map.states + n;
+                if (c < map.d && (low ? to < map.rank : n < map.states))
+                    dx_proj[(partial * (map.rank + 2 * map.states) + to) * map.d + c] = sum;
+            } else {
+                const int c = (index - (2 * N + RANK) * D) / RANK, r = index % RANK;
+                if (c < map.d && r < map.rank) ddt_projs[(partial * map.d + c) * map.rank + r] = sum;
+            }
+        }
+        __syncthreads();
+        float* vectors = shared + SEGMENTS * D * N;
+        for (int r = 0; r < CHANNELS; ++r)
+            for (int j = 0; j < STATES; ++j)
+                shared[(lane.segment * D + lane.channel[r]) * N + lane.state[j]] = sum_dA[r][j];
+        for (int i = 0; i < CHANNEL_ROWS; ++i) {
+            for (int lanes = 1; lanes < SUB / 4; lanes *= 2) {
+                sum_skip[i] += across(sum_skip[i], lanes);
+                sum_bias[i] += across(sum_bias[i], lanes);
+            }
+            vectors[mine.share.segment * 2 * D + mine.share.row + i * PASS] = sum_skip[i];
+            vectors[(mine.share.segment * 2 + 1) * D + mine.share.row + i * PASS] = sum_bias[i];
+        }
+        __syncthreads();
+        for (int index = threadIdx.x; index < D * N; index += THREADS) {
+            float sum = 0.0f;
+            for (int segment = 0; segment < SEGMENTS; ++segment) sum += shared[segment * D * N + index];
+            const int row = index / N, n = index % N;
+            if (row < map.d && n < map.states) dA[(partial * map.d + row) * map.states + n] = sum;
+        }
+        for (int index = threadIdx.x; index < 2 * D; index += THREADS) {
+            float sum = 0.0f;
+            for (int segment = 0; segment < SEGMENTS; ++segment) sum += vectors[segment * 2 * D + index];
+            if (index % D < map.d) (index < D ? dskip : dbias)[partial * map.d + index % D] = sum;
+        }
+        __syncthreads();
+    }
+}

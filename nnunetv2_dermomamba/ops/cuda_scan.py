@@ -1,0 +1,115 @@
+"""The CUDA backend of the selective scan: its own kernels where they are made for a call, Triton's elsewhere.
+
+Its own serve up to 16 states, in 2D up to 128 channels and a dt rank of 8, on GPUs of compute capability 8.0 and newer
+whose shared memory holds a block.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cuda_scan_1d, cuda_scan_2d, nvrtc
+
+nvrtc.library()  # fails here, with the reason, where PyTorch is not built for CUDA
+if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    raise ImportError("needs a GPU of compute capability 8.0 or newer")
+
+
+def _triton() -> ModuleType:
+    from . import triton_scan  # only where it is needed: it may not be installed
+
+    return triton_scan
+
+
+def _module_1d(u: Tensor, groups: int, states: int) -> ModuleType:
+    return cuda_scan_1d if cuda_scan_1d.serves_1d(u, groups, states) else _triton()
+
+
+def _module_2d(x: Tensor, rank: int, states: int) -> ModuleType:
+    return cuda_scan_2d if cuda_scan_2d.serves_2d(x, rank, states) else _triton()
+
+
+def _plain(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters as the kernels read them: float32, contiguous."""
+    return [None if p is None else p.float().contiguous() for p in parameters]
+
+
+def _alike(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs in one type, which the kernels are compiled for."""
+    if len({m.dtype for m in inputs}) > 1:
+        inputs = tuple(m.float() for m in inputs)
+    return tuple(m.contiguous() for m in inputs)
+
+
+def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
+    """Shape of the saved states of ``scan_1d_forward``."""
+    return _module_1d(u, groups, state).states_shape_1d(u, state, groups)
+
+
+def scan_1d_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ``triton_scan_1d.scan_1d_forward``."""
+    module = _module_1d(u, B.shape[1], A.shape[1])
+    u, delta, B, C = _alike(u, delta, B, C)
+    A, D, delta_bias = _plain(A, D, delta_bias)
+    return module.scan_1d_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+
+def scan_1d_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``triton_scan_1d.scan_1d_backward``."""
+    module = _module_1d(u, B.shape[1], A.shape[1])
+    u, delta, B, C = _alike(u, delta, B, C)
+    dy, A, D, delta_bias = _plain(dy, A, D, delta_bias)
+    return module.scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, delta_softplus, states)
+
+
+def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
+    """Shape of the states that ``scan_2d_backward`` starts from."""
+    return _module_2d(x, rank, state).states_shape_2d(x, rank, state)
+
+
+def scan_2d_forward(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See ``triton_scan_2d.scan_2d_forward``."""
+    module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
+    parameters = _plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    return module.scan_2d_forward(x.contiguous(), *parameters)
+
+
+def scan_2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``triton_scan_2d.scan_2d_backward``."""
+    module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
+    dy, *parameters = _plain(dy, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    return module.scan_2d_backward(dy, x.contiguous(), *parameters, states)

@@ -1,0 +1,140 @@
+"""The scan of a map in four directions as CUDA kernels (``cuda/scan_2d.cu``); interface as ``triton_scan_2d``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .cuda_block import (
+    INPUTS,
+    MAX_CHANNELS,
+    MAX_POSITIONS,
+    STATES,
+    STEPS,
+    SUB,
+    Block,
+    ceil_div,
+    chunk_subs,
+    max_shared,
+)
+from .cuda_scan_1d import combine
+from .nvrtc import launch
+
+FILES = ("walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu")
+RANK = 8
+"""Shared rows for dt: the rank at most."""
+
+
+class Map(ctypes.Structure):
+    """As in ``scan_2d.cu``."""
+
+    _fields_ = [(n, ctypes.c_int) for n in ("height", "width", "d", "rank", "states", "spans", "subs")]
+
+
+def _rows(block: Block) -> int:
+    """Shared rows of a segment: u, delta, w, B, C and dt."""
+    return 3 * block.D + 2 * STATES + RANK
+
+
+def _weights_bytes(block: Block) -> int:
+    """Bytes of a direction's weights in shared memory."""
+    return 4 * ((RANK + 2 * STATES) * (block.D + 4) + block.D * (RANK + 1))
+
+
+def _backward_bytes(block: Block, subs: int) -> int:
+    """Bytes of a block's shared memory in the backward kernel, which keeps states of every sub-block and step."""
+    rows = _rows(block) + RANK + 4 + block.D + block.summed_rows
+    return block.rows_bytes(rows) + _weights_bytes(block) + (SUB // STEPS + subs) * block.states_bytes
+
+
+def _subs(block: Block, length: int, limit: int) -> int:
+    """Sub-blocks of a chunk, as many as shared memory holds the states of; 0 if it holds none."""
+    subs = chunk_subs(length)
+    while subs and _backward_bytes(block, subs) > limit:
+        subs //= 2
+    return subs
+
+
+class Plan:
+    """Sizes and constants of one call."""
+
+    def __init__(self, x: Tensor, rank: int, states: int) -> None:
+        self.batch, height, width, self.d = x.shape
+        self.block = Block.of(self.d)
+        self.subs = _subs(self.block, height * width, max_shared(x))
+        self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
+        self.chunks = self.spans * self.block.segments
+        self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)
+        self.map = Map(height, width, self.d, rank, states, self.spans, self.subs)
+        self.definitions = {
+            "D": self.block.D,
+            "INPUT": INPUTS[x.dtype],
+            "WHOLE": int(self.d == self.block.D),
+        }
+
+    def launch(self, name: str, directions: int, shared: int, *arguments: Tensor) -> None:
+        """Launch a kernel, ``directions`` blocks a span of a map."""
+        grid = self.batch * directions * self.spans
+        launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, self.map)
+
+    def summaries(self, name: str, A: Tensor, *arguments: Tensor) -> Tensor:
+        """What enters every chunk, (batch, 4, chunks, d, N)."""
+        if self.chunks == 1:
+            return A.new_zeros(self.batch, 4, 1, self.d, STATES)
+        state = A.new_empty(self.batch, 4, self.chunks, self.d, STATES)
+        total = A.new_empty(self.batch, 4, self.chunks, self.d)
+        self.launch(name, 4, self.shared, *arguments, A, state, total)
+        combine(FILES, self.definitions, state, total, A, 4, name == "adjoint_2d")
+        return state
+
+
+def serves_2d(x: Tensor, rank: int, states: int) -> bool:
+    """Whether the kernels are made for such a call."""
+    height, width, d = x.shape[1:]
+    if states > STATES or rank > RANK or d > MAX_CHANNELS or not x.numel() or height * width > MAX_POSITIONS:
+        return False
+    return _subs(Block.of(d), height * width, max_shared(x)) > 0
+
+
+def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
+    """Shape of ``states``: (batch, 4, chunks, d, 16), what enters each chunk."""
+    plan = Plan(x, rank, state)
+    return [plan.batch, 4, plan.chunks, plan.d, STATES]
+
+
+def scan_2d_forward(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See ``triton_scan_2d.scan_2d_forward``; for up to 128 channels, 16 states and a dt rank of 8."""
+    plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
+    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
+    with torch.cuda.device_of(x):
+        y = A.new_empty(2, *x.shape)
+        states = plan.summaries("summary_2d", A, x, *weights)
+        plan.launch("forward_2d", 2, plan.shared, x, *weights, A, Ds, states, y)
+        return y[0] + y[1], states
+
+
+def scan_2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``triton_scan_2d.scan_2d_backward``."""
+    plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
+    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
+    with torch.cuda.device_of(x):
+        adjoints = plan.summaries("adjoint_2d", A, x, dy, *weights)
+        dx = A.new_empty(2, *x.shape)
+        sums = [A.new_empty(plan.batch * plan.spans, *m.shape) for m in (*weights, A, Ds)]
+        shared = _backward_bytes(plan.block, plan.subs)
+        plan.launch("backward_2d", 2, shared, dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
+        dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
+        return dx[0] + dx[1], dx_proj, ddt_projs, dbias, dA, dDs

@@ -1,0 +1,283 @@
+"""The CUDA kernels against the step-by-step scan in float64: on the GPU where there is one, elsewhere emulated."""
+
+import contextlib
+import ctypes
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import SHARED_BYTES
+from emulator import launch as emulated_launch
+from tolerances import FORWARD, GRADIENT, relative_error
+
+from nnunetv2_dermomamba.ops import cuda_block, cuda_scan_1d, cuda_scan_2d, nvrtc
+from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
+from nnunetv2_dermomamba.ops.naive import selective_scan_naive
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SUB = cuda_block.SUB
+emulated = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
+    """What a kernel leaves unwritten is NaN; without a GPU its sources run on the CPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    if DEVICE.type == "cpu":
+        for module in (cuda_scan_1d, cuda_scan_2d):
+            monkeypatch.setattr(module, "launch", partial(emulated_launch, libraries))
+            monkeypatch.setattr(module, "max_shared", lambda like: SHARED_BYTES)
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def sequences(batch, dim, length, groups, state, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return {
+        "u": draw(batch, dim, length),
+        "delta": draw(batch, dim, length),
+        "A": -torch.exp(draw(dim, state)),
+        "B": draw(batch, groups, state, length),
+        "C": draw(batch, groups, state, length),
+        "D": draw(dim),
+        "delta_bias": draw(dim),
+    }
+
+
+def maps(batch, height, width, d, rank, state, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return {
+        "x": draw(batch, height, width, d),
+        "x_proj_weight": draw(4, rank + 2 * state, d) * d**-0.5,
+        "dt_projs_weight": draw(4, d, rank) * rank**-0.5,
+        "dt_projs_bias": draw(4, d),
+        "A": -torch.exp(draw(4 * d, state)),
+        "Ds": draw(4 * d),
+    }
+
+
+def check(y, gradients, reference, dy, leaves):
+    assert relative_error(y, reference.detach()) <= FORWARD[torch.float32]
+    reference.backward(dy.double())
+    for gradient, (name, leaf) in zip(gradients, leaves.items(), strict=True):
+        if leaf is None:
+            assert not gradient.any()
+        else:
+            assert gradient.shape == leaf.shape
+            assert relative_error(gradient, leaf.grad) <= GRADIENT[torch.float32], name
+
+
+def cotangent(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def check_1d(inputs, softplus=True):
+    leaves = {k: None if v is None else v.double().requires_grad_() for k, v in inputs.items()}
+    reference = selective_scan_naive(**leaves, delta_softplus=softplus)
+    dy = cotangent(reference.shape)
+    y, states = cuda_scan_1d.scan_1d_forward(*inputs.values(), softplus)
+    groups, state = inputs["B"].shape[1:3]
+    assert cuda_scan_1d.serves_1d(inputs["u"], groups, state)
+    assert list(states.shape) == cuda_scan_1d.states_shape_1d(inputs["u"], state, groups)
+    check(y, cuda_scan_1d.scan_1d_backward(dy, *inputs.values(), softplus, states), reference, dy, leaves)
+
+
+def check_2d(inputs):
+    leaves = {k: v.double().requires_grad_() for k, v in inputs.items()}
+    reference = selective_scan_2d_composed(**leaves)
+    dy = cotangent(reference.shape)
+    y, states = cuda_scan_2d.scan_2d_forward(*inputs.values())
+    rank, state = inputs["dt_projs_weight"].shape[2], inputs["A"].shape[1]
+    assert cuda_scan_2d.serves_2d(inputs["x"], rank, state)
+    assert list(states.shape) == cuda_scan_2d.states_shape_2d(inputs["x"], rank, state)
+    check(y, cuda_scan_2d.scan_2d_backward(dy, *inputs.values(), states), reference, dy, leaves)
+
+
+@emulated
+@pytest.mark.parametrize("length", [1, 2, SUB - 1, SUB, SUB + 1, 61])
+def test_1d_lengths_around_a_sub_block(length):
+    check_1d(sequences(1, 3, length, 1, 4))
+
+
+@emulated
+@pytest.mark.parametrize("channels", [8, 16, 32, 64, 128])
+def test_1d_whole_blocks_of_every_width(channels):
+    check_1d(sequences(1, 2 * channels, 4 * SUB + 4, 2, 16))
+
+
+@emulated
+@pytest.mark.parametrize(("dim", "groups", "state"), [(1, 1, 1), (12, 3, 16), (24, 2, 5), (130, 1, 2)])
+def test_1d_any_channels_groups_and_states(dim, groups, state):
+    check_1d(sequences(2, dim, 35, groups, state))
+
+
+@emulated
+def test_1d_sequence_of_several_blocks():
+    inputs = sequences(1, 8, 1100, 1, 16)
+    assert cuda_scan_1d.Plan(inputs["u"], 1, 16, True).spans > 1
+    check_1d(inputs)
+
+
+@emulated
+def test_1d_without_skip_bias_and_softplus():
+    inputs = sequences(1, 8, 40, 1, 16)
+    inputs |= {"delta": inputs["delta"].abs(), "D": None, "delta_bias": None}
+    check_1d(inputs, softplus=False)
+
+
+@emulated
+@pytest.mark.parametrize("argument", [-50.0, 50.0])
+def test_1d_extreme_decays_and_steps(argument):
+    inputs = sequences(1, 4, 40, 1, 4)
+    inputs["A"][::2] = -1e3
+    inputs["delta"] += argument
+    check_1d(inputs)
+
+
+@emulated
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_1d_half_precision_input_is_computed_in_float32(kind):
+    inputs = sequences(1, 8, 36, 1, 16)
+    half = {k: v.to(kind) if k in ("u", "delta", "B", "C") else v for k, v in inputs.items()}
+    rounded = {k: v.float() for k, v in half.items()}
+    assert torch.equal(
+        cuda_scan_1d.scan_1d_forward(*half.values(), True)[0], cuda_scan_1d.scan_1d_forward(*rounded.values(), True)[0]
+    )
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("height", "width", "d", "rank", "state"),
+    [(1, 1, 1, 1, 1), (1, 33, 3, 1, 4), (35, 1, 2, 2, 3), (3, 4, 12, 1, 16), (5, 3, 20, 2, 2), (2, 9, 100, 8, 5)],
+)
+def test_2d_any_shapes(height, width, d, rank, state):
+    check_2d(maps(1, height, width, d, rank, state))
+
+
+@emulated
+@pytest.mark.parametrize(("channels", "rank"), [(8, 1), (16, 1), (32, 1), (64, 2), (128, 4)])
+def test_2d_whole_blocks_of_every_width(channels, rank):
+    check_2d(maps(2 if channels == 8 else 1, 5, 9, channels, rank, 16))
+
+
+@emulated
+def test_2d_map_of_several_blocks():
+    inputs = maps(1, 40, 31, 8, 1, 16)
+    assert cuda_scan_2d.Plan(inputs["x"], 1, 16).spans > 1
+    check_2d(inputs)
+
+
+@emulated
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_2d_half_precision_input_is_computed_in_float32(kind):
+    inputs = maps(1, 3, 7, 16, 1, 16)
+    inputs["x"] = inputs["x"].to(kind)
+    check_2d(inputs)
+
+
+@emulated
+def test_2d_extreme_decays_and_steps():
+    inputs = maps(1, 2, 20, 4, 1, 4)
+    inputs["A"][::3] = -1e3
+    inputs["dt_projs_bias"][0] = 50.0
+    inputs["dt_projs_bias"][1] = -50.0
+    check_2d(inputs)
+
+
+@emulated
+def test_zero_input_gives_finite_gradients():
+    inputs = {k: torch.zeros_like(v) for k, v in maps(1, 2, 3, 4, 1, 4).items()}
+    y, states = cuda_scan_2d.scan_2d_forward(*inputs.values())
+    gradients = cuda_scan_2d.scan_2d_backward(torch.ones_like(y), *inputs.values(), states)
+    assert all(torch.isfinite(m).all() for m in (y, *gradients))
+
+
+@emulated
+def test_2d_repeats_bit_for_bit():
+    inputs = maps(1, 9, 17, 8, 1, 16)
+    first, second = (cuda_scan_2d.scan_2d_forward(*inputs.values()) for _ in range(2))
+    dy = torch.ones_like(first[0])
+    pairs = (cuda_scan_2d.scan_2d_backward(dy, *inputs.values(), m[1]) for m in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+@emulated
+def test_2d_chunks_shrink_to_what_shared_memory_holds(monkeypatch):
+    inputs = maps(1, 16, 20, 128, 1, 4)
+    wanted = cuda_scan_2d.Plan(inputs["x"], 1, 4).subs
+    limit = cuda_scan_2d._backward_bytes(cuda_block.Block(128), 1)
+    monkeypatch.setattr(cuda_scan_2d, "max_shared", lambda like: limit)
+    assert cuda_scan_2d.Plan(inputs["x"], 1, 4).subs == 1 < wanted
+    check_2d(inputs)
+    monkeypatch.setattr(cuda_scan_2d, "max_shared", lambda like: limit - 1)
+    assert not cuda_scan_2d.serves_2d(inputs["x"], 1, 4)
+
+
+@pytest.mark.parametrize(("rank", "state", "d"), [(9, 16, 8), (1, 17, 8), (1, 16, 129)])
+def test_2d_other_calls_are_left_to_triton(rank, state, d):
+    assert cuda_scan_2d.serves_2d(torch.empty(1, 4, 4, 8, device=DEVICE), 8, 16)
+    assert not cuda_scan_2d.serves_2d(torch.empty(1, 4, 4, d, device=DEVICE), rank, state)
+
+
+def test_1d_more_states_are_left_to_triton():
+    u = torch.empty(1, 4, 4, device=DEVICE)
+    assert cuda_scan_1d.serves_1d(u, 1, 16)
+    assert not cuda_scan_1d.serves_1d(u, 1, 17)
+
+
+def nvrtc_alone():
+    """NVRTC without the driver, as PyTorch's CUDA wheels bring it; None without them."""
+    for file in sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*")):
+        return ctypes.CDLL(str(file))
+    return None
+
+
+@pytest.mark.skipif(nvrtc_alone() is None, reason="needs NVRTC, which comes with PyTorch for CUDA")
+@pytest.mark.parametrize("channels", [8, 128])
+def test_sources_compile_for_gpus_without_any_header(channels):
+    for files, more in ((cuda_scan_1d.FILES, "-DSOFTPLUS=1"), (cuda_scan_2d.FILES, "")):
+        for kind in range(3):
+            options = [f"-DD={channels}", f"-DINPUT={kind}", f"-DWHOLE={kind % 2}", "-std=c++17", *filter(None, [more])]
+            options.append(f"--gpu-architecture=sm_{(80, 90, 90)[kind]}")
+            code = nvrtc.compile_source(nvrtc_alone(), nvrtc.read_sources(files), options)
+            assert code[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(nvrtc_alone() is None, reason="needs NVRTC, which comes with PyTorch for CUDA")
+def test_a_source_that_does_not_compile_says_where():
+    with pytest.raises(RuntimeError, match=r"did not compile.*line 1|did not compile.*\(1\)"):
+        nvrtc.compile_source(nvrtc_alone(), "nonsense", ["--gpu-architecture=sm_90"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("d", [8, 64])
+def test_2d_in_a_cuda_graph(d):
+    inputs = maps(2, 9, 17, d, 1, 16)
+    expected, states = cuda_scan_2d.scan_2d_forward(*inputs.values())
+    cuda_scan_2d.scan_2d_backward(expected, *inputs.values(), states)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, states = cuda_scan_2d.scan_2d_forward(*inputs.values())
+        cuda_scan_2d.scan_2d_backward(y, *inputs.values(), states)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
