@@ -15,6 +15,10 @@ SUB, ROW, STEPS = 16, 20, 4
 """Positions in shared memory at once, floats from row to row, positions done at once."""
 INPUTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CHANNELS = 128
+ONE_CHUNK = 256
+"""Positions up to which a sequence may be one chunk."""
+FEW_BLOCKS = 512
+"""A grid of fewer leaves large GPUs (132 processors that hold four blocks each) idle."""
 MAX_POSITIONS = 2**30
 """Of a sequence: positions are 32-bit, and so are those a work item behind the last."""
 
@@ -61,11 +65,17 @@ class Block:
         return self.threads * 8 * 4
 
 
-def chunk_subs(length: int) -> int:
-    """Blocks of SUB positions of a chunk: the longer, the fewer summaries; short sequences want more chunks."""
-    if length > 4096:
-        return 8
-    return 4 if length > 512 else 2
+def chunk_subs(length: int, segments: int, sequences: int) -> int:
+    """Blocks of SUB positions of a chunk: the longer, the fewer summaries, but few sequences want many chunks.
+
+    A short sequence is one chunk, and needs no summary, where there are enough of them.
+    """
+    if segments == 1 and length <= ONE_CHUNK and sequences >= FEW_BLOCKS // 4:
+        return ceil_div(length, SUB)
+    subs = 8
+    while subs > 1 and sequences * ceil_div(length, segments * subs * SUB) < FEW_BLOCKS:
+        subs //= 2
+    return subs
 
 
 def max_shared(like: Tensor) -> int:

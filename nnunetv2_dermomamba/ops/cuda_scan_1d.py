@@ -28,8 +28,9 @@ class Plan:
         self.batch, self.dim, length = u.shape
         group_dim = self.dim // groups
         self.block = Block.of(group_dim)
-        D, segments, subs = self.block.D, self.block.segments, chunk_subs(length)
+        D, segments = self.block.D, self.block.segments
         self.blocks = ceil_div(group_dim, D)
+        subs = chunk_subs(length, segments, self.batch * groups * self.blocks)
         self.spans = ceil_div(length, segments * subs * SUB)
         self.chunks = self.spans * segments
         self.grid = self.batch * groups * self.blocks * self.spans

@@ -49,9 +49,9 @@ def _backward_bytes(block: Block, subs: int) -> int:
     return block.rows_bytes(rows) + _weights_bytes(block) + (SUB // STEPS + subs) * block.states_bytes
 
 
-def _subs(block: Block, length: int, limit: int) -> int:
+def _subs(block: Block, batch: int, length: int, limit: int) -> int:
     """Sub-blocks of a chunk, as many as shared memory holds the states of; 0 if it holds none."""
-    subs = chunk_subs(length)
+    subs = chunk_subs(length, block.segments, 2 * batch)
     while subs and _backward_bytes(block, subs) > limit:
         subs //= 2
     return subs
@@ -63,7 +63,7 @@ class Plan:
     def __init__(self, x: Tensor, rank: int, states: int) -> None:
         self.batch, height, width, self.d = x.shape
         self.block = Block.of(self.d)
-        self.subs = _subs(self.block, height * width, max_shared(x))
+        self.subs = _subs(self.block, self.batch, height * width, max_shared(x))
         self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
         self.chunks = self.spans * self.block.segments
         self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)
@@ -92,10 +92,10 @@ class Plan:
 
 def serves_2d(x: Tensor, rank: int, states: int) -> bool:
     """Whether the kernels are made for such a call."""
-    height, width, d = x.shape[1:]
+    batch, height, width, d = x.shape
     if states > STATES or rank > RANK or d > MAX_CHANNELS or not x.numel() or height * width > MAX_POSITIONS:
         return False
-    return _subs(Block.of(d), height * width, max_shared(x)) > 0
+    return _subs(Block.of(d), batch, height * width, max_shared(x)) > 0
 
 
 def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:

@@ -28,7 +28,8 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
-    """What a kernel leaves unwritten is NaN; without a GPU its sources run on the CPU."""
+    """What a kernel leaves unwritten is NaN; chunks of several sub-blocks; without a GPU the sources run on the CPU."""
+    monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 2)
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     if DEVICE.type == "cpu":
@@ -136,6 +137,14 @@ def test_1d_sequence_of_several_blocks():
 
 
 @emulated
+def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
+    monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 512)
+    assert cuda_scan_1d.Plan(torch.empty(1, 8, 200), 1, 16, True).sizes.subs == 1
+    check_1d(sequences(1, 8, 200, 1, 16))
+    check_2d(maps(1, 16, 17, 8, 1, 16))
+
+
+@emulated
 def test_1d_without_skip_bias_and_softplus():
     inputs = sequences(1, 8, 40, 1, 16)
     inputs |= {"delta": inputs["delta"].abs(), "D": None, "delta_bias": None}
@@ -220,7 +229,7 @@ def test_2d_repeats_bit_for_bit():
 
 @emulated
 def test_2d_chunks_shrink_to_what_shared_memory_holds(monkeypatch):
-    inputs = maps(1, 16, 20, 128, 1, 4)
+    inputs = maps(1, 16, 20, 128, 1, 4)  # longer than what is always one chunk
     wanted = cuda_scan_2d.Plan(inputs["x"], 1, 4).subs
     limit = cuda_scan_2d._backward_bytes(cuda_block.Block(128), 1)
     monkeypatch.setattr(cuda_scan_2d, "max_shared", lambda like: limit)
