@@ -32,16 +32,22 @@ def _module_2d(x: Tensor, rank: int, states: int) -> ModuleType:
     return cuda_scan_2d if cuda_scan_2d.serves_2d(x, rank, states) else _triton()
 
 
+def _aligned(m: Tensor) -> Tensor:
+    """Contiguous, and where loads of 16 bytes may start; a view may start elsewhere."""
+    m = m.contiguous()
+    return m if m.data_ptr() % 16 == 0 else m.clone()
+
+
 def _plain(*parameters: Tensor | None) -> list[Tensor | None]:
-    """Parameters as the kernels read them: float32, contiguous."""
-    return [None if p is None else p.float().contiguous() for p in parameters]
+    """Parameters and gradients as the kernels read them, in float32."""
+    return [None if p is None else _aligned(p.float()) for p in parameters]
 
 
-def _alike(*inputs: Tensor) -> tuple[Tensor, ...]:
+def _alike(*inputs: Tensor) -> list[Tensor]:
     """Inputs in one type, which the kernels are compiled for."""
     if len({m.dtype for m in inputs}) > 1:
         inputs = tuple(m.float() for m in inputs)
-    return tuple(m.contiguous() for m in inputs)
+    return [_aligned(m) for m in inputs]
 
 
 def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
@@ -96,7 +102,7 @@ def scan_2d_forward(
     """See ``triton_scan_2d.scan_2d_forward``."""
     module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
     parameters = _plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    return module.scan_2d_forward(x.contiguous(), *parameters)
+    return module.scan_2d_forward(_aligned(x), *parameters)
 
 
 def scan_2d_backward(
@@ -112,4 +118,4 @@ def scan_2d_backward(
     """See ``triton_scan_2d.scan_2d_backward``."""
     module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
     dy, *parameters = _plain(dy, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    return module.scan_2d_backward(dy, x.contiguous(), *parameters, states)
+    return module.scan_2d_backward(dy, _aligned(x), *parameters, states)

@@ -129,17 +129,18 @@ def scan_1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``triton_scan_1d.scan_1d_backward``."""
     plan = Plan(u, B.shape[1], A.shape[1], delta_softplus)
-    parts = plan.batch * plan.spans
     with torch.cuda.device_of(u):
         adjoints = plan.summaries("adjoint_1d", dy, delta, delta_bias, A, C)
         du, ddelta = (torch.empty_like(u, dtype=torch.float32) for _ in range(2))
-        dA = A.new_empty(parts, *A.shape)
         dB, dC = (A.new_empty(plan.blocks, *B.shape) for _ in range(2))
-        dD, dbias = (None if m is None else A.new_empty(parts, plan.dim) for m in (D, delta_bias))
+        sums = A.new_empty(plan.batch * plan.spans, plan.dim, A.shape[1] + 2)  # of A, D and the bias
         plan.launch(
             "backward_1d", plan.backward_shared, dy, u, delta, delta_bias, A, B, C, D, states, adjoints,
-            du, ddelta, dA, dB, dC, dD, dbias,
+            du, ddelta, dB, dC, sums,
         )  # fmt: skip
-        missing = A.new_zeros(1, plan.dim)
+    dA, dD, dbias = (m.contiguous() for m in sums.sum(0).split([A.shape[1], 1, 1], dim=1))
+    dD, dbias = (
+        m[:, 0] if given is not None else torch.zeros_like(m[:, 0]) for m, given in ((dD, D), (dbias, delta_bias))
+    )
     dB, dC = (m[0] if len(m) == 1 else m.sum(0) for m in (dB, dC))
-    return du, ddelta, dA.sum(0), dB, dC, *((missing if m is None else m).sum(0) for m in (dD, dbias))
+    return du, ddelta, dA, dB, dC, dD, dbias

@@ -12,7 +12,7 @@ from emulator import SHARED_BYTES
 from emulator import launch as emulated_launch
 from tolerances import FORWARD, GRADIENT, relative_error
 
-from nnunetv2_dermomamba.ops import cuda_block, cuda_scan_1d, cuda_scan_2d, nvrtc
+from nnunetv2_dermomamba.ops import cuda_block, cuda_scan_1d, cuda_scan_2d, nvrtc, selective_scan, selective_scan_2d
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
 from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 
@@ -290,3 +290,33 @@ def test_2d_in_a_cuda_graph(d):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the backend needs CUDA")
+def test_views_that_start_anywhere_and_mixed_types_are_served():
+    """What the kernels want in one type and aligned, the backend brings into that form."""
+    inputs = sequences(1, 8, 36, 1, 16)
+    expected = selective_scan(**inputs, delta_softplus=True, backend="torch")
+    shifted = {k: torch.cat([v.new_zeros(1), v.flatten()])[1:].view_as(v) for k, v in inputs.items()}
+    torch.testing.assert_close(
+        selective_scan(**shifted, delta_softplus=True, backend="cuda"), expected, rtol=1e-4, atol=1e-4
+    )
+    mixed = inputs | {"D": inputs["D"].double(), "B": inputs["B"].half(), "C": inputs["C"].bfloat16()}
+    rounded = {k: v.float() for k, v in mixed.items()}
+    torch.testing.assert_close(
+        selective_scan(**mixed, delta_softplus=True, backend="cuda"),
+        selective_scan(**rounded, delta_softplus=True, backend="torch"),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the backend needs CUDA")
+@pytest.mark.parametrize(("states", "rank", "d"), [(17, 1, 8), (16, 9, 8), (16, 1, 130)])
+def test_calls_that_the_kernels_are_not_made_for_are_triton_s(states, rank, d):
+    inputs = maps(1, 3, 5, d, rank, states)
+    torch.testing.assert_close(
+        selective_scan_2d(**inputs, backend="cuda"), selective_scan_2d(**inputs, backend="torch"), rtol=1e-4, atol=1e-4
+    )

@@ -34,3 +34,33 @@ __device__ __forceinline__ Four widen4(const Input* p) {
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ Four widen4(const float* p) { return read4(p); }
 #endif
+
+// The same of what the kernel does not write, and of whose cache line of 128 bytes the rest will be wanted next: so that
+// memory is read in whole lines.
+__device__ __forceinline__ Four stream4(const float* p) {
+#ifdef EMULATED
+    return read4(p);
+#else
+    Four v;
+    asm("ld.global.nc.L2::128B.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(v.at[0]), "=f"(v.at[1]), "=f"(v.at[2]), "=f"(v.at[3])
+        : "l"(p));
+    return v;
+#endif
+}
+
+#if INPUT != 0
+__device__ __forceinline__ Four stream4(const Input* p) {
+#ifdef EMULATED
+    return widen4(p);
+#else
+    Four v;
+    unsigned short bits[4];
+    asm("ld.global.nc.L2::128B.v4.u16 {%0, %1, %2, %3}, [%4];"
+        : "=h"(bits[0]), "=h"(bits[1]), "=h"(bits[2]), "=h"(bits[3])
+        : "l"(p));
+    for (int i = 0; i < 4; ++i) v.at[i] = widen(bits[i]);
+    return v;
+#endif
+}
+#endif

@@ -56,7 +56,7 @@ __device__ __forceinline__ void read_rows(const T* from, const Cursor& cursor, i
         values[i] = Four{};
         if (WHOLE) {
             if (cursor.position < cursor.length && (PASS <= N || cursor.row < rows))
-                values[i] = widen4(from + i * cursor.pass);
+                values[i] = stream4(from + i * cursor.pass);
         } else if (cursor.row + i * PASS < rows) {
             for (int k = 0; k < 4; ++k)
                 if (cursor.position + k < cursor.length) values[i].at[k] = widen(from[i * cursor.pass + k]);
@@ -244,11 +244,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Gradients. Those of A, D and the bias are partial, one row a (sample, span); those of B and C one a block of channels.
+// Gradients. Those of A, D and the bias are partial sums, one row a (sample, span): (batch, spans, dim, states + 2). Those
+// of B and C are one a block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_1d(const float* dy, const Input* u, const Input* delta, const float* bias_of, const float* A,
                 const Input* B, const Input* C, const float* skip_of, float* saved, const float* adjoints, float* du,
-                float* ddelta, float* dA, float* dB, float* dC, float* dskip, float* dbias, Sizes s) {
+                float* ddelta, float* dB, float* dC, float* sums, Sizes s) {
     constexpr bool IN_PLACE = D <= 16;  // a segment is one warp's: dB and dC over B and C
     constexpr int DY = 2 * D + 4;  // dy's rows: four more, in other banks than those of w
     constexpr int DB = DY + D + (IN_PLACE ? 0 : 2 * N);
@@ -345,10 +346,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // The block's sums over its segments, by way of the shared rows.
     const long long partial = ((long long)at.batch * s.spans + at.span) * s.dim + at.first;
     __syncthreads();
-    float* sums = shared;
     for (int r = 0; r < CHANNELS; ++r)
         for (int j = 0; j < STATES; ++j)
-            sums[(lane.segment * D + lane.channel[r]) * N + lane.state[j]] = sum_dA[r][j];
+            shared[(lane.segment * D + lane.channel[r]) * N + lane.state[j]] = sum_dA[r][j];
     float* vectors = shared + SEGMENTS * D * N;
     for (int i = 0; i < CHANNEL_ROWS; ++i) {
         for (int lanes = 1; lanes < SUB / 4; lanes *= 2) {
@@ -361,14 +361,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     for (int index = threadIdx.x; index < D * N; index += THREADS) {
         float sum = 0.0f;
-        for (int segment = 0; segment < SEGMENTS; ++segment) sum += sums[segment * D * N + index];
+        for (int segment = 0; segment < SEGMENTS; ++segment) sum += shared[segment * D * N + index];
         const int row = index / N, n = index % N;
-        if (row < at.d && n < s.states) dA[(partial + row) * s.states + n] = sum;
+        if (row < at.d && n < s.states) sums[(partial + row) * (s.states + 2) + n] = sum;
     }
     for (int index = threadIdx.x; index < 2 * D; index += THREADS) {
         float sum = 0.0f;
         for (int segment = 0; segment < SEGMENTS; ++segment) sum += vectors[segment * 2 * D + index];
-        float* to = index < D ? dskip : dbias;
-        if (to && index % D < at.d) to[partial + index % D] = sum;
+        const int row = index % D;
+        if (row < at.d) sums[(partial + row) * (s.states + 2) + s.states + index / D] = sum;
     }
 }

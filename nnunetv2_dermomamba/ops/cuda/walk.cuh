@@ -295,7 +295,7 @@ extern "C" __global__ void combine(float* state, const float* total, const float
                                    int directions, int reversed, int count) {
     const int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= count) return;
-    constexpr int AHEAD = 16;
+    constexpr int AHEAD = 32;
     const int batch = index / (rows * N), cell = index % (rows * N), row = cell / N, n = cell % N;
     const float A2 = n < states ? A[(batch % directions * rows + row) * states + n] * LOG2E : 0.0f;
     float carried = 0.0f;
