@@ -131,6 +131,13 @@ def choose_backend(device: str, dtype: torch.dtype, requested: str | None = None
     return name
 
 
+@torch.compiler.assume_constant_result
+def own_gpu_kernels(dtype: torch.dtype) -> bool:
+    """Whether the other operators' Triton kernels serve CUDA tensors: where the scan is this package's own, too."""
+    triton = next(b for b in BACKENDS if b.name == "triton")
+    return choose_backend("cuda", dtype) in ("cuda", "triton") and why_not(triton, "cuda", dtype) is None
+
+
 def describe_choice(device: str, dtype: torch.dtype = torch.float32) -> str:
     """One line for logs: the backend that serves this device, and why the ones before it do not.
 

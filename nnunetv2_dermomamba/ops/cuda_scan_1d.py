@@ -138,9 +138,8 @@ def scan_1d_backward(
             "backward_1d", plan.backward_shared, dy, u, delta, delta_bias, A, B, C, D, states, adjoints,
             du, ddelta, dB, dC, sums,
         )  # fmt: skip
-    dA, dD, dbias = (m.contiguous() for m in sums.sum(0).split([A.shape[1], 1, 1], dim=1))
-    dD, dbias = (
-        m[:, 0] if given is not None else torch.zeros_like(m[:, 0]) for m, given in ((dD, D), (dbias, delta_bias))
-    )
+    dA, dD, dbias = (m.clone() for m in sums.sum(0).split([A.shape[1], 1, 1], dim=1))
+    given = ((dD, D), (dbias, delta_bias))
+    dD, dbias = (torch.zeros_like(m[:, 0]) if parameter is None else m[:, 0] for m, parameter in given)
     dB, dC = (m[0] if len(m) == 1 else m.sum(0) for m in (dB, dC))
     return du, ddelta, dA, dB, dC, dD, dbias

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import choose_backend
+from .backends import choose_backend, own_gpu_kernels
 from .cpu_inference import numba_infers
 from .library import no_double_backward
 
@@ -67,7 +67,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 def _kernels_serve(x: Tensor) -> bool:
     """On a CPU the operator is for its gradient, and half precision is PyTorch's."""
     if x.is_cuda:
-        return choose_backend("cuda", x.dtype) == "triton"
+        return own_gpu_kernels(x.dtype)
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype in (torch.float32, torch.float64) and choose_backend("cpu", x.dtype) == "numba"

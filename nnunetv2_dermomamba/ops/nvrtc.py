@@ -118,6 +118,15 @@ def _function(files: tuple[str, ...], definitions: Definitions, device: int, nam
     return function
 
 
+def _enter_context(device: int) -> None:
+    """Make the device's context the thread's, as PyTorch's own first call in a thread (autograd's, say) would."""
+    context = ctypes.c_void_p()
+    _check(library().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if not context:
+        _check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+        _check(library().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
 def _as_c(value: Argument) -> ctypes._SimpleCData | ctypes.Structure:  # type: ignore[type-arg]
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
@@ -149,7 +158,9 @@ def launch(
     Raises:
         RuntimeError: it does not compile, or the driver refuses it.
     """
-    function = _function(files, tuple(definitions.items()), torch.cuda.current_device(), name)
+    device = torch.cuda.current_device()
+    _enter_context(device)
+    function = _function(files, tuple(definitions.items()), device, name)
     values = [_as_c(a) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

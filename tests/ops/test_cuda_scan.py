@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def maps(batch, height, width, d, rank, state, seed=0):
 def check(y, gradients, reference, dy, leaves):
     assert relative_error(y, reference.detach()) <= FORWARD[torch.float32]
     reference.backward(dy.double())
+    assert len({m.untyped_storage().data_ptr() for m in gradients}) == len(gradients)  # PyTorch refuses aliases
     for gradient, (name, leaf) in zip(gradients, leaves.items(), strict=True):
         if leaf is None:
             assert not gradient.any()
@@ -289,6 +291,16 @@ def test_2d_in_a_cuda_graph(d):
         cuda_scan_2d.scan_2d_backward(y, *inputs.values(), states)
     graph.replay()
     torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="threads of the driver's need CUDA")
+def test_a_thread_without_a_context_gets_the_devices():
+    inputs = maps(1, 3, 5, 8, 1, 16)
+    expected = cuda_scan_2d.scan_2d_forward(*inputs.values())[0]
+    with ThreadPoolExecutor(1) as pool:
+        y = pool.submit(lambda: cuda_scan_2d.scan_2d_forward(*inputs.values())[0]).result()
     assert torch.equal(y, expected)
 
 

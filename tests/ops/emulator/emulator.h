@@ -119,9 +119,11 @@ void run_grid(int blocks, int threads, F call) {
             fiber.done = false;
             makecontext(&fiber.context, run_fiber, 0);
         }
-        for (bool busy = true; busy;) {
+        int turn = 0;
+        for (bool busy = true; busy; ++turn) {
             busy = false;
-            for (int t = 0; t < threads; ++t) {
+            for (int i = 0; i < threads; ++i) {
+                const int t = turn % 2 ? threads - 1 - i : i;  // who relies on an order is found out
                 if (fibers[t].done) continue;
                 busy = true;
                 current = t;
