@@ -1,8 +1,8 @@
 // Matrix products of shared rows on the tensor cores, to float32's precision. After walk.cuh and input.cuh.
 //
 // A tile is 16 x 8: C[m][n] += sum over k of A[m][k] B[k][n], eight k at a time. Operands are tf32, which takes in the
-// upper part of a float; the rest is a second operand, so that three products are as precise as one of float32. A factor
-// that came in 16 bits has no rest.
+// upper part of a float; the rest is a second operand, so that three products are as precise as one of float32. What
+// came in 16 bits has no rest.
 
 constexpr bool HALF_INPUT = INPUT != 0;
 
@@ -10,7 +10,9 @@ __device__ __forceinline__ void multiply(float (&c)[4], const float (&a)[4], con
 #ifdef EMULATED
     emulated_multiply(c, a, b);
 #else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));

@@ -244,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Gradients. Those of A, D and the bias are partial sums, one row a (sample, span): (batch, spans, dim, states + 2). Those
-// of B and C are one a block of channels.
+// Gradients. Those of A, D and the bias are partial sums, one row a (sample, span): (batch, spans, dim, states + 2).
+// Those of B and C are one a block of channels.
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_1d(const float* dy, const Input* u, const Input* delta, const float* bias_of, const float* A,
                 const Input* B, const Input* C, const float* skip_of, float* saved, const float* adjoints, float* du,
@@ -260,7 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Cursor cursor(s, at, ROWS);
     cursor.position += (s.subs - 1) * SUB;
     float* mine = shared + lane.segment * segment_floats(ROWS);
-    float* before = shared + SEGMENTS * segment_floats(ROWS) + threadIdx.x * STATES;  // states every STEPS positions
+    // States every STEPS positions.
+    float* before = shared + SEGMENTS * segment_floats(ROWS) + threadIdx.x * STATES;
     const int part = IN_PLACE ? 0 : threadIdx.x % THREADS_A_SEGMENT / 32;
     float* dm = mine + (DB + part * 2 * N) * ROW;
     const long long to_block = (long long)at.block * (gridDim.x / s.spans / s.blocks) * s.states * s.length;

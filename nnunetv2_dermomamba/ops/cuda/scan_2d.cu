@@ -147,13 +147,14 @@ __device__ __forceinline__ void stage_weights(const float* x_proj, const float* 
         const bool exists = c < map.d && r < map.rank;
         weights[LIFT + index] = exists ? dt_projs[(direction * map.d + c) * map.rank + r] : 0.0f;
     }
-    for (int c = threadIdx.x; c < D; c += THREADS) weights[SKIP + c] = skip && c < map.d ? skip[direction * map.d + c] : 0.0f;
+    for (int c = threadIdx.x; c < D; c += THREADS)
+        weights[SKIP + c] = skip && c < map.d ? skip[direction * map.d + c] : 0.0f;
 }
 
-// Which tiles of a product a warp computes: of HALVES x segments its own, of ``count`` tiles every step-th.
+// Which tiles of a product a warp computes: every step-th of sixteen rows, from the first; of one half of the positions
+// where a segment has several warps.
 struct Tiles {
     int first, step, half;
-    bool idle;
     __device__ __forceinline__ Tiles() {
         const int warp = threadIdx.x % GROUP / 32;
         half = warp % HALVES;
@@ -328,7 +329,8 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
         group_sync();
         make_steps<!ADJOINT>(mine, path, map, sub, weights, shared);
         group_sync();
-        walk_summary<ADJOINT>(lane, rows + DELTA * ROW, rows + W * ROW, rows + (ADJOINT ? C_ROW : B_ROW) * ROW, A2, h, sum);
+        const float* by = rows + (ADJOINT ? C_ROW : B_ROW) * ROW;
+        walk_summary<ADJOINT>(lane, rows + DELTA * ROW, rows + W * ROW, by, A2, h, sum);
         group_sync();
     }
     for (int r = 0; r < CHANNELS; ++r) {

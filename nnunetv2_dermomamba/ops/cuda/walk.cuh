@@ -1,13 +1,13 @@
 // What the CUDA scans of sequences and of maps share: the threads' tile, the serial walks, sums over lanes.
 //
-// A block walks SEGMENTS adjacent chunks of a sequence side by side, SUB positions of each at a time, with the states in
-// registers. What the steps need lies in shared memory as rows over time: step sizes delta and w = delta u of D
-// channels, B and C of N = 16 states. A thread holds CHANNELS x STATES = 2 x 4 states of one segment; four lanes side by
-// side hold a channel's 16. It reads four steps of a row at once, and does four steps before anything passes
+// A block walks SEGMENTS adjacent chunks of a sequence side by side, SUB positions of each at a time, with the states
+// in registers. What the steps need lies in shared memory as rows over time: step sizes delta and w = delta u of D
+// channels, B and C of N = 16 states. A thread holds CHANNELS x STATES = 2 x 4 states of one segment; four lanes side
+// by side hold a channel's 16. It reads four steps of a row at once, and does four steps before anything passes
 // between lanes.
 //
-// Which of its two channels and four states comes first differs between lanes ("slots"), so that a sum over lanes always
-// sends the same slots away and keeps the others: an exchange is a shuffle and an addition, nothing is selected.
+// Which of its two channels and four states comes first differs between lanes ("slots"), so that a sum over lanes
+// always sends the same slots away and keeps the others: an exchange is a shuffle and an addition, nothing is selected.
 //
 // Compiled with -DD=<channels: 8, 16, 32, 64 or 128>.
 
@@ -196,8 +196,8 @@ __device__ __forceinline__ void walk_output(const Lane& lane, const float* delta
 }
 
 // STEPS steps from h without results.
-__device__ __forceinline__ void walk_states(const Lane& lane, const float* delta, const float* w, const float* B, int at,
-                                            const Tile& A2, Tile& h) {
+__device__ __forceinline__ void walk_states(const Lane& lane, const float* delta, const float* w, const float* B,
+                                            int at, const Tile& A2, Tile& h) {
     Four step[CHANNELS], value[CHANNELS], b[STATES];
     for (int r = 0; r < CHANNELS; ++r) {
         step[r] = read4(delta + lane.channel[r] * ROW + at);
@@ -288,8 +288,8 @@ __device__ __forceinline__ void walk_back(const Lane& lane, const float* delta, 
 
 // What enters each chunk from the summaries of the chunks before it (reversed: behind it), in place.
 //
-// state: (batch, chunks, rows, N); total, sums of step sizes: (batch, chunks, rows); A: (directions, rows, states), that
-// of a sequence being its number modulo ``directions``.
+// state: (batch, chunks, rows, N); total, sums of step sizes: (batch, chunks, rows); A: (directions, rows, states), a
+// sequence's being that of its number modulo ``directions``.
 // A thread is a state of a row; it loads AHEAD chunks before it walks them.
 extern "C" __global__ void combine(float* state, const float* total, const float* A, int rows, int chunks, int states,
                                    int directions, int reversed, int count) {
