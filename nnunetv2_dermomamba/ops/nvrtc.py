@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -33,8 +34,11 @@ def library() -> ctypes.CDLL:
     """NVRTC and the driver.
 
     Raises:
-        OSError: PyTorch is not built for CUDA, or there is no driver.
+        ImportError: PyTorch is not built for CUDA.
+        OSError: there is no driver, or PyTorch's wheel is another system's than Linux.
     """
+    if torch.version.cuda is None:
+        raise ImportError("PyTorch is not built for CUDA")
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"))
 
 
@@ -71,21 +75,24 @@ def read_sources(files: Iterable[str]) -> str:
     return "\n".join((SOURCES / file).read_text(encoding="utf-8") for file in files)
 
 
-def _compiled(source: str, options: tuple[str, ...]) -> bytes:
-    """From the cache, or compiled and put there."""
+def _cache_file(*key: object) -> Path:
+    """Where compiled code is kept."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nnunetv2_dermomamba"
+    return folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
+
+
+def _compiled(source: str, options: tuple[str, ...], again: bool = False) -> bytes:
+    """From the cache, or (or ``again``) compiled and put there."""
     version = (ctypes.c_int * 2)()
     library().nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
-    key = hashlib.sha256(repr((source, options, tuple(version))).encode()).hexdigest()[:32]
-    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nnunetv2_dermomamba" / f"{key}.cubin"
-    try:
-        return file.read_bytes()
-    except OSError:
-        code = compile_source(library(), source, options)
-    try:
+    file = _cache_file(source, options, tuple(version))
+    with suppress(OSError):
+        if not again:
+            return file.read_bytes()
+    code = compile_source(library(), source, options)
+    with suppress(OSError):  # a home that cannot be written costs seconds a process
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, code)
-    except OSError:  # a home that cannot be written costs seconds a process
-        pass
     return code
 
 
@@ -93,9 +100,11 @@ def _compiled(source: str, options: tuple[str, ...]) -> bytes:
 def _module(files: tuple[str, ...], definitions: Definitions, device: int) -> ctypes.c_void_p:
     major, minor = torch.cuda.get_device_capability(device)
     defined = (f"-D{name}={value}" for name, value in definitions)
-    code = _compiled(read_sources(files), (f"--gpu-architecture=sm_{major}{minor}", "-std=c++17", *defined))
+    source, options = read_sources(files), (f"--gpu-architecture=sm_{major}{minor}", "-std=c++17", *defined)
     module = ctypes.c_void_p()
-    _check(library().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
+    if library().cuModuleLoadData(ctypes.byref(module), _compiled(source, options)):  # a file that is no code any more
+        code = library().cuModuleLoadData(ctypes.byref(module), _compiled(source, options, again=True))
+        _check(code, "cuModuleLoadData")
     return module
 
 

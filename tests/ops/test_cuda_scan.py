@@ -277,6 +277,23 @@ def test_a_source_that_does_not_compile_says_where():
         nvrtc.compile_source(nvrtc_alone(), "nonsense", ["--gpu-architecture=sm_90"])
 
 
+@pytest.mark.skipif(nvrtc_alone() is None, reason="needs NVRTC, which comes with PyTorch for CUDA")
+def test_compiled_code_is_kept_and_compiled_again_where_asked(monkeypatch, tmp_path):
+    source, options = 'extern "C" __global__ void nothing() {}', ("--gpu-architecture=sm_90",)
+    monkeypatch.setattr(nvrtc, "library", nvrtc_alone)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = nvrtc._compiled(source, options)
+    (file,) = (tmp_path / "cache" / "nnunetv2_dermomamba").iterdir()
+    assert file.read_bytes() == code
+    file.write_bytes(b"damaged")
+    assert nvrtc._compiled(source, options) == b"damaged"
+    assert nvrtc._compiled(source, options, again=True) == file.read_bytes() == code
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert nvrtc._compiled(source, options) == code
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need CUDA")
 @pytest.mark.parametrize("d", [8, 64])
