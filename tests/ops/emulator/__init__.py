@@ -39,12 +39,14 @@ def launch(folder: Path, files, definitions, name, blocks, threads, shared, *arg
     names = [re.split(r"[ *&]+", " ".join(p.split()))[-1] for p in parameters.split(",")]
     assert len(names) == len(arguments)
     source += (
-        f'\nextern "C" void emulate(int blocks, int threads, {parameters}) {{\n'
-        f"    run_grid(blocks, threads, [=]() mutable {{ {name}({', '.join(names)}); }});\n}}\n"
+        f'\nextern "C" bool emulate(int blocks, int threads, int shared_floats, {parameters}) {{\n'
+        f"    return run_grid(blocks, threads, shared_floats, [=]() mutable {{ {name}({', '.join(names)}); }});\n}}\n"
     )
     options = tuple(f"-D{key}={value}" for key, value in definitions.items())
     library = _library(f'#include "{HEADER}"\n{source}', options, folder)
-    library.emulate(blocks, threads, *map(_as_c, arguments))
+    library.emulate.restype = ctypes.c_bool
+    inside = library.emulate(blocks, threads, shared // 4, *map(_as_c, arguments))
+    assert inside, f"{name} wrote behind the {shared} bytes of shared memory that it had asked for"
 
 
 def _as_c(argument):

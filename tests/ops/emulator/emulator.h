@@ -101,8 +101,9 @@ static void run_fiber() {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
+// Whether no block wrote behind ``shared_floats``, what it had asked for.
 template <typename F>
-void run_grid(int blocks, int threads, F call) {
+bool run_grid(int blocks, int threads, int shared_floats, F call) {
     gridDim.x = blocks;
     blockDim.x = threads;
     fibers.resize(threads);
@@ -131,5 +132,8 @@ void run_grid(int blocks, int threads, F call) {
                 swapcontext(&scheduler, &fibers[t].context);
             }
         }
+        for (int at = shared_floats; at < SHARED_FLOATS; ++at)
+            if (!std::isnan(shared[at])) return false;
     }
+    return true;
 }
