@@ -67,6 +67,8 @@ def selective_scan(
         )
     if B.shape != (batch, groups, state, length):
         raise ValueError(f"selective_scan: B {tuple(B.shape)} does not fit u {tuple(u.shape)}")
+    if any(vector is not None and vector.shape != (dim,) for vector in (D, delta_bias)):
+        raise ValueError(f"selective_scan: D and delta_bias must have the shape ({dim},) of u's channels")
     scan = LOADED[choose_backend(u.device.type, u.dtype, backend)].scan_1d
     u, delta, A, B, C = (m.contiguous() for m in (u, delta, A, B, C))
     return scan(u, delta, A, B, C, D, delta_bias, delta_softplus)

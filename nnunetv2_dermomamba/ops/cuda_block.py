@@ -21,6 +21,8 @@ FEW_BLOCKS = 512
 """A grid of fewer leaves large GPUs (132 processors that hold four blocks each) idle."""
 MAX_POSITIONS = 2**30
 """Of a sequence: positions are 32-bit, and so are those a work item behind the last."""
+MAX_SEQUENCES = 2**27
+"""Channels of all samples and directions: their states are counted in 32 bits."""
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -19,8 +19,13 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
 
 
 def _triton() -> ModuleType:
-    from . import triton_scan  # only where it is needed: it may not be installed
-
+    try:
+        from . import triton_scan  # only where it is needed: it may not be installed
+    except ImportError as error:
+        raise RuntimeError(
+            "the CUDA kernels of the selective scan are not made for so many states or channels, or for this GPU, and "
+            "Triton cannot be imported; set DERMOMAMBA_BACKEND=torch"
+        ) from error
     return triton_scan
 
 

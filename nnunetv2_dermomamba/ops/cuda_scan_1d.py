@@ -7,7 +7,18 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .cuda_block import INPUTS, MAX_POSITIONS, STATES, STEPS, SUB, Block, ceil_div, chunk_subs, max_shared
+from .cuda_block import (
+    INPUTS,
+    MAX_POSITIONS,
+    MAX_SEQUENCES,
+    STATES,
+    STEPS,
+    SUB,
+    Block,
+    ceil_div,
+    chunk_subs,
+    max_shared,
+)
 from .nvrtc import launch
 
 FILES = ("walk.cuh", "input.cuh", "scan_1d.cu")
@@ -86,6 +97,7 @@ def combine(
 def serves_1d(u: Tensor, groups: int, states: int) -> bool:
     """Whether the kernels are made for such a call."""
     fits = states <= STATES and u.numel() > 0 and u.shape[2] <= MAX_POSITIONS
+    fits = fits and u.shape[0] * u.shape[1] < MAX_SEQUENCES
     return fits and Plan(u, groups, states, True).backward_shared <= max_shared(u)
 
 

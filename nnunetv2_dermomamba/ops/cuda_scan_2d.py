@@ -11,6 +11,7 @@ from .cuda_block import (
     INPUTS,
     MAX_CHANNELS,
     MAX_POSITIONS,
+    MAX_SEQUENCES,
     STATES,
     STEPS,
     SUB,
@@ -94,6 +95,8 @@ def serves_2d(x: Tensor, rank: int, states: int) -> bool:
     """Whether the kernels are made for such a call."""
     batch, height, width, d = x.shape
     if states > STATES or rank > RANK or d > MAX_CHANNELS or not x.numel() or height * width > MAX_POSITIONS:
+        return False
+    if 4 * batch * d >= MAX_SEQUENCES:
         return False
     return _subs(Block.of(d), batch, height * width, max_shared(x)) > 0
 

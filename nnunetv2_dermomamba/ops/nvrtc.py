@@ -127,13 +127,20 @@ def _function(files: tuple[str, ...], definitions: Definitions, device: int, nam
     return function
 
 
+@cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The context that PyTorch uses on a device."""
+    context = ctypes.c_void_p()
+    _check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    return context
+
+
 def _enter_context(device: int) -> None:
     """Make the device's context the thread's, as PyTorch's own first call in a thread (autograd's, say) would."""
-    context = ctypes.c_void_p()
-    _check(library().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
-    if not context:
-        _check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
-        _check(library().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    current = ctypes.c_void_p()
+    _check(library().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    if current.value != _context(device).value:
+        _check(library().cuCtxSetCurrent(_context(device)), "cuCtxSetCurrent")
 
 
 def _as_c(value: Argument) -> ctypes._SimpleCData | ctypes.Structure:  # type: ignore[type-arg]
@@ -166,8 +173,12 @@ def launch(
 
     Raises:
         RuntimeError: it does not compile, or the driver refuses it.
+        ValueError: a tensor is on another device.
     """
     device = torch.cuda.current_device()
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.get_device() != device:
+            raise ValueError(f"{name}: a tensor is on {argument.device}, the others are on cuda:{device}")
     _enter_context(device)
     function = _function(files, tuple(definitions.items()), device, name)
     values = [_as_c(a) for a in arguments]

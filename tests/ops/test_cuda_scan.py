@@ -147,6 +147,20 @@ def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
 
 
 @emulated
+def test_more_chunks_than_are_combined_at_once(monkeypatch):
+    monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 512)
+    assert cuda_scan_1d.Plan(torch.empty(2, 24, 1100), 3, 16, True).chunks > 64
+    check_1d(sequences(2, 24, 1100, 3, 16))
+
+
+@emulated
+def test_summaries_of_wide_blocks_and_maps_of_a_batch():
+    check_1d(sequences(1, 64, 300, 1, 16))
+    check_2d(maps(2, 18, 18, 64, 2, 16))
+    check_2d(maps(3, 40, 31, 8, 1, 16))
+
+
+@emulated
 def test_1d_without_skip_bias_and_softplus():
     inputs = sequences(1, 8, 40, 1, 16)
     inputs |= {"delta": inputs["delta"].abs(), "D": None, "delta_bias": None}

@@ -170,6 +170,8 @@ def test_misfit_shapes_are_named() -> None:
     u, delta, A, B, C, D, bias = case_1d(0).tensors
     with pytest.raises(ValueError, match="do not fit"):
         selective_scan(u, delta[..., :-1] if delta.shape[-1] > 1 else delta[:0], A, B, C, D, bias)
+    with pytest.raises(ValueError, match="D and delta_bias must have the shape"):
+        selective_scan(u, delta, A, B, C, D[:-1], bias)
     x, *weights = case_2d(0).tensors
     with pytest.raises(ValueError, match=r"expected \(B, H, W, d\)"):
         selective_scan_2d(x[..., :0], *weights)

@@ -35,8 +35,8 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ Four widen4(const float* p) { return read4(p); }
 #endif
 
-// The same of what the kernel does not write, and of whose cache line of 128 bytes the rest will be wanted next: memory
-// is read in whole lines.
+// As widen4, of memory that no kernel writes while it reads it; fetches the whole line of 128 bytes into L2: the next
+// sub-block reads its other half.
 __device__ __forceinline__ Four stream4(const float* p) {
 #ifdef EMULATED
     return read4(p);

@@ -356,8 +356,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             sum_skip[i] += across(sum_skip[i], lanes);
             sum_bias[i] += across(sum_bias[i], lanes);
         }
-        vectors[cursor.segment * 2 * D + cursor.row + i * PASS] = sum_skip[i];
-        vectors[(cursor.segment * 2 + 1) * D + cursor.row + i * PASS] = sum_bias[i];
+        if (threadIdx.x % (SUB / 4) == 0) {
+            vectors[cursor.segment * 2 * D + cursor.row + i * PASS] = sum_skip[i];
+            vectors[(cursor.segment * 2 + 1) * D + cursor.row + i * PASS] = sum_bias[i];
+        }
     }
     __syncthreads();
     for (int index = threadIdx.x; index < D * N; index += THREADS) {

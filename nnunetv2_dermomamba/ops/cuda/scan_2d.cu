@@ -670,8 +670,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 sum_skip[i] += across(sum_skip[i], lanes);
                 sum_bias[i] += across(sum_bias[i], lanes);
             }
-            vectors[mine.share.segment * 2 * D + mine.share.row + i * PASS] = sum_skip[i];
-            vectors[(mine.share.segment * 2 + 1) * D + mine.share.row + i * PASS] = sum_bias[i];
+            if (mine.share.quad == 0) {
+                vectors[mine.share.segment * 2 * D + mine.share.row + i * PASS] = sum_skip[i];
+                vectors[(mine.share.segment * 2 + 1) * D + mine.share.row + i * PASS] = sum_bias[i];
+            }
         }
         __syncthreads();
         for (int index = threadIdx.x; index < D * N; index += THREADS) {
