@@ -11,13 +11,12 @@ import pytest
 import torch
 from emulator import SHARED_BYTES
 from emulator import launch as emulated_launch
-from tolerances import FORWARD, GRADIENT, relative_error
+from scan_checks import DEVICE, check, cotangent, in_float64, maps, sequences
 
 from nnunetv2_dermomamba.ops import cuda_block, cuda_scan_1d, cuda_scan_2d, nvrtc, selective_scan, selective_scan_2d
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
 from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SUB = cuda_block.SUB
 emulated = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
 
@@ -42,57 +41,8 @@ def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
     torch.use_deterministic_algorithms(False)
 
 
-def sequences(batch, dim, length, groups, state, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return {
-        "u": draw(batch, dim, length),
-        "delta": draw(batch, dim, length),
-        "A": -torch.exp(draw(dim, state)),
-        "B": draw(batch, groups, state, length),
-        "C": draw(batch, groups, state, length),
-        "D": draw(dim),
-        "delta_bias": draw(dim),
-    }
-
-
-def maps(batch, height, width, d, rank, state, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return {
-        "x": draw(batch, height, width, d),
-        "x_proj_weight": draw(4, rank + 2 * state, d) * d**-0.5,
-        "dt_projs_weight": draw(4, d, rank) * rank**-0.5,
-        "dt_projs_bias": draw(4, d),
-        "A": -torch.exp(draw(4 * d, state)),
-        "Ds": draw(4 * d),
-    }
-
-
-def check(y, gradients, reference, dy, leaves):
-    assert relative_error(y, reference.detach()) <= FORWARD[torch.float32]
-    reference.backward(dy.double())
-    assert len({m.untyped_storage().data_ptr() for m in gradients}) == len(gradients)  # PyTorch refuses aliases
-    for gradient, (name, leaf) in zip(gradients, leaves.items(), strict=True):
-        if leaf is None:
-            assert not gradient.any()
-        else:
-            assert gradient.shape == leaf.shape
-            assert relative_error(gradient, leaf.grad) <= GRADIENT[torch.float32], name
-
-
-def cotangent(shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-
-
 def check_1d(inputs, softplus=True):
-    leaves = {k: None if v is None else v.double().requires_grad_() for k, v in inputs.items()}
+    leaves = in_float64(inputs)
     reference = selective_scan_naive(**leaves, delta_softplus=softplus)
     dy = cotangent(reference.shape)
     y, states = cuda_scan_1d.scan_1d_forward(*inputs.values(), softplus)
@@ -103,7 +53,7 @@ def check_1d(inputs, softplus=True):
 
 
 def check_2d(inputs):
-    leaves = {k: v.double().requires_grad_() for k, v in inputs.items()}
+    leaves = in_float64(inputs)
     reference = selective_scan_2d_composed(**leaves)
     dy = cotangent(reference.shape)
     y, states = cuda_scan_2d.scan_2d_forward(*inputs.values())

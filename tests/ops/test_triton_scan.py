@@ -4,16 +4,15 @@ import os
 
 import pytest
 import torch
-from tolerances import FORWARD, GRADIENT, relative_error
+from scan_checks import DEVICE, check, cotangent, in_float64, maps, sequences
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton")
 
-from nnunetv2_dermomamba.ops import triton_common, triton_scan, triton_scan_2d, triton_scan_2d_rows  # noqa: E402
-from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed  # noqa: E402
-from nnunetv2_dermomamba.ops.naive import selective_scan_naive  # noqa: E402
+from nnunetv2_dermomamba.ops import triton_common, triton_scan, triton_scan_2d, triton_scan_2d_rows
+from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
+from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 
 T, SUB = (triton_common.CHUNK, triton_common.SUB) if DEVICE.type == "cuda" else (16, 8)
 ROWS_T = triton_scan_2d_rows.SHORT_CHUNK if DEVICE.type == "cuda" else 16
@@ -32,59 +31,10 @@ def small_chunks_and_poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def sequences(batch, dim, length, groups, state, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return {
-        "u": draw(batch, dim, length),
-        "delta": draw(batch, dim, length) * scale,
-        "A": -torch.exp(draw(dim, state)),
-        "B": draw(batch, groups, state, length),
-        "C": draw(batch, groups, state, length),
-        "D": draw(dim),
-        "delta_bias": draw(dim),
-    }
-
-
-def maps(batch, height, width, d, rank, state, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    return {
-        "x": draw(batch, height, width, d),
-        "x_proj_weight": draw(4, rank + 2 * state, d) * d**-0.5,
-        "dt_projs_weight": draw(4, d, rank) * rank**-0.5,
-        "dt_projs_bias": draw(4, d),
-        "A": -torch.exp(draw(4 * d, state)),
-        "Ds": draw(4 * d),
-    }
-
-
-def in_float64(inputs):
-    return {k: None if v is None else v.double().requires_grad_() for k, v in inputs.items()}
-
-
-def check(y, gradients, reference, dy, leaves):
-    assert relative_error(y, reference.detach()) <= FORWARD[torch.float32]
-    reference.backward(dy.double())
-    for gradient, (name, leaf) in zip(gradients, leaves.items(), strict=True):
-        assert gradient.dtype == torch.float32
-        if leaf is None:
-            assert not gradient.any()
-        else:
-            assert gradient.shape == leaf.shape
-            assert relative_error(gradient, leaf.grad) <= GRADIENT[torch.float32], name
-
-
 def check_1d(inputs, softplus=True):
     leaves = in_float64(inputs)
     reference = selective_scan_naive(**leaves, delta_softplus=softplus)
-    dy = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    dy = cotangent(reference.shape)
     y, states = triton_scan.scan_1d_forward(*inputs.values(), softplus)
     groups, state = inputs["B"].shape[1:3]
     assert list(states.shape) == triton_scan.states_shape_1d(inputs["u"], state, groups)
@@ -94,7 +44,7 @@ def check_1d(inputs, softplus=True):
 def check_2d(inputs):
     leaves = in_float64(inputs)
     reference = selective_scan_2d_composed(**leaves)
-    dy = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    dy = cotangent(reference.shape)
     y, states = triton_scan.scan_2d_forward(*inputs.values())
     assert list(states.shape) == triton_scan.states_shape_2d(inputs["x"], 1, inputs["A"].shape[1])
     check(y, triton_scan.scan_2d_backward(dy, *inputs.values(), states), reference, dy, leaves)

@@ -250,7 +250,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     backward_1d(const float* dy, const Input* u, const Input* delta, const float* bias_of, const float* A,
                 const Input* B, const Input* C, const float* skip_of, float* saved, const float* adjoints, float* du,
                 float* ddelta, float* dB, float* dC, float* sums, Sizes s) {
-    constexpr bool IN_PLACE = D <= 16;  // a segment is one warp's: dB and dC over B and C
     constexpr int DY = 2 * D + 4;  // dy's rows: four more, in other banks than those of w
     constexpr int DB = DY + D + (IN_PLACE ? 0 : 2 * N);
     constexpr int ROWS = DB + 2 * N * PARTS;

@@ -20,7 +20,6 @@ constexpr int LIFT = (RANK + 2 * N) * WEIGHT, SKIP = LIFT + D * RANK, WEIGHT_FLO
 constexpr int U = 0, DELTA = D, W = 2 * D, B_ROW = 3 * D, C_ROW = 3 * D + N, DT = 3 * D + 2 * N, ROWS = DT + RANK;
 constexpr int DDT = ROWS, DY = DDT + RANK + 4;  // four more than W modulo eight: in other banks
 constexpr int SUMS = DY + D;
-constexpr bool IN_PLACE = GROUP == 32;  // a segment is one warp's: dB and dC over B and C
 constexpr int BACKWARD_ROWS = SUMS + (IN_PLACE ? 0 : PARTS * 2 * N);
 
 // A path's cells, in its own order.

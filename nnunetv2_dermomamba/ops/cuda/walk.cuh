@@ -26,6 +26,7 @@ constexpr int GROUP_SEGMENTS = GROUP / THREADS_A_SEGMENT;
 constexpr int GROUP_WARPS = GROUP / 32;
 // Partial sums over channels of dB and dC: one for each warp of a segment.
 constexpr int PARTS = GROUP_WARPS;
+constexpr bool IN_PLACE = GROUP == 32;  // a segment is one warp's: dB and dC over B and C
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
