@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.backends import own_gpu_kernels
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
-from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
 from nnunetv2_dermomamba.ops.maximum import maximum
 
 
@@ -17,10 +18,8 @@ def _maximum_and_mean(x: Tensor, channels: bool) -> tuple[Tensor, Tensor]:
     """Of every position over the channels, (B, H, W), or of every channel over the positions, (B, C).
 
     A gradient lies in memory in the order of the axes that were reduced, and adding it to a map in another order is
-    slow: on a CPU, where maps are channels last, the axes are, too.
+    slow: maps are channels last, so the axes are, too.
     """
-    if x.device.type != "cpu":
-        return (maximum(x, 1), x.mean(1)) if channels else (maximum(x.flatten(2), 2), x.mean((2, 3)))
     x = x.permute(0, 2, 3, 1)
     return (maximum(x, 3), x.mean(3)) if channels else (maximum(x.flatten(1, 2), 1), x.mean((1, 2)))
 
@@ -59,12 +58,18 @@ class CBAM(nn.Module):
         channel_gate = torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
         gated = x * channel_gate
         summary = torch.stack(_maximum_and_mean(gated, channels=True), dim=1)
-        is_cpu = x.device.type == "cpu"
-        keeps_less = torch.is_grad_enabled() and not is_cpu
-        if is_cpu:  # the convolution's gradients are four times as fast
-            summary = summary.contiguous(memory_format=torch.channels_last)
-        spatial_gate = torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
+        spatial_gate = torch.sigmoid(self.spatial_norm(self._convolve(summary)))
+        keeps_less = torch.is_grad_enabled() and x.device.type != "cpu"
         return (x, spatial_gate, channel_gate) if keeps_less else (gated, spatial_gate)
+
+    def _convolve(self, summary: Tensor) -> Tensor:
+        """``spatial_conv``, in the way whose gradients are fastest; (B, 2, H, W) to (B, 1, H, W)."""
+        if summary.is_cuda and own_gpu_kernels(summary.dtype):  # a kernel for the maximum and one for the mean
+            taps = self.spatial_conv.weight.transpose(0, 1)
+            return depthwise(summary, taps, taps.new_zeros(2), 1).sum(1, keepdim=True)
+        if summary.device.type == "cpu":
+            summary = summary.contiguous(memory_format=torch.channels_last)
+        return self.spatial_conv(summary)
 
     def _factors_on_cpu(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same for inference, by kernels that read the map twice."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.axial_depthwise import axial_depthwise, axial_kernels_serve
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 
@@ -50,16 +51,20 @@ class CrossScaleMambaBlock(nn.Module):
         self.vss = VSSBlock(dim // 4)
         self.norm = nn.BatchNorm2d(dim)
 
-    def _branches(self, chunks: list[Tensor]) -> Tensor:
-        """The three branches as one batch."""
-        if numba_infers(chunks[0]):
-            from nnunetv2_dermomamba.ops.cpu_depthwise import axial_depthwise  # Numba need not be there otherwise
+    def _branches(self, x: Tensor) -> Tensor:
+        """The three branches as one batch, channels last."""
+        chunks = x.chunk(4, dim=1)[:3]
+        convolutions = [[branch.conv_w, branch.conv_h, branch.conv] for branch in self.branches]
+        if axial_kernels_serve(x, chunks[0].shape[1]):
+            return axial_depthwise(x.permute(0, 2, 3, 1)[..., : 3 * chunks[0].shape[1]], convolutions)
+        if numba_infers(x):
+            from nnunetv2_dermomamba.ops import cpu_depthwise  # Numba need not be there otherwise
 
-            return axial_depthwise(chunks, [[branch.conv_w, branch.conv_h, branch.conv] for branch in self.branches])
-        return torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
+            return cpu_depthwise.axial_depthwise(chunks, convolutions).permute(0, 2, 3, 1)
+        y = torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
+        return y.permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        *chunks, rest = x.chunk(4, dim=1)
-        branches = self._branches(chunks)
-        scanned = self.vss(branches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        scanned = self.vss(self._branches(x)).permute(0, 3, 1, 2)
+        rest = x.chunk(4, dim=1)[3]
         return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)), inplace=True)

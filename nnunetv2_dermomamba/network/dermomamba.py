@@ -74,8 +74,7 @@ class DermoMamba(nn.Module):
                 f"this DermoMamba was built for inputs of {height} x {width}, not {tuple(x.shape[2:])}: "
                 "build it with that patch_size"
             )
-        if x.device.type == "cpu":  # its convolutions are faster so, and the scans read channels last
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions and scans read it so
         x = self.conv_in(F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE)))
         skips = []
         for stage in self.encoder:

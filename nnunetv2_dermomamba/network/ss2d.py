@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import selective_scan_2d
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+from nnunetv2_dermomamba.ops.depthwise_silu import depthwise_silu
 from nnunetv2_dermomamba.ops.norm_linear import norm_linear, norm_linear_halves
 from nnunetv2_dermomamba.ops.recompute import recompute
 
@@ -53,7 +53,7 @@ class SS2D(nn.Module):
 
     def _forward(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         x, gate = self.in_proj(x).chunk(2, dim=-1) if norm is None else norm_linear_halves(x, norm, self.in_proj)
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2)), inplace=not torch.is_grad_enabled()).permute(0, 2, 3, 1)
+        x = depthwise_silu(x, self.conv)
         A = -torch.exp(self.A_logs.float())
         y = selective_scan_2d(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)
         return norm_linear(y, self.out_norm, self.out_proj, gate)

@@ -138,6 +138,16 @@ def own_gpu_kernels(dtype: torch.dtype) -> bool:
     return choose_backend("cuda", dtype) in ("cuda", "triton") and why_not(triton, "cuda", dtype) is None
 
 
+@torch.compiler.assume_constant_result
+def own_cuda_kernels(dtype: torch.dtype) -> bool:
+    """Whether the CUDA kernels of depthwise convolutions serve maps of this type: where the scan is CUDA's, too."""
+    if choose_backend("cuda", dtype) != "cuda":
+        return False
+    from .cuda_depthwise import fits  # needs CUDA
+
+    return fits(dtype)
+
+
 def describe_choice(device: str, dtype: torch.dtype = torch.float32) -> str:
     """One line for logs: the backend that serves this device, and why the ones before it do not.
 

@@ -21,7 +21,7 @@ from .cuda_block import (
 )
 from .nvrtc import launch
 
-FILES = ("walk.cuh", "input.cuh", "scan_1d.cu")
+FILES = ("four.cuh", "walk.cuh", "input.cuh", "scan_1d.cu")
 
 
 class Sizes(ctypes.Structure):

@@ -23,7 +23,7 @@ from .cuda_block import (
 from .cuda_scan_1d import combine
 from .nvrtc import launch
 
-FILES = ("walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu")
+FILES = ("four.cuh", "walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu")
 RANK = 8
 """Shared rows for dt: the rank at most."""
 
@@ -140,4 +140,5 @@ def scan_2d_backward(
         shared = _backward_bytes(plan.block, plan.subs)
         plan.launch("backward_2d", 2, shared, dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
         dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
-        return dx[0] + dx[1], dx_proj, ddt_projs, dbias, dA, dDs
+        # in the type that autograd wants: one pass, not two
+        return torch.add(dx[0], dx[1], out=torch.empty_like(x)), dx_proj, ddt_projs, dbias, dA, dDs

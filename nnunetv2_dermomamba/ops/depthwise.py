@@ -73,6 +73,23 @@ def _kernels_serve(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and choose_backend("cpu", x.dtype) == "numba"
 
 
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    """Depthwise convolution with "same" padding, by this package's kernels.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, KH, KW), odd sides.
+        bias: (C,).
+        dilation: of both axes.
+
+    Returns:
+        (B, C, H, W) in ``x``'s order in memory, of autocast's type under autocast.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    return _forward(x, weight.contiguous(), bias, dilation)
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with bias and "same" padding; parameters and results are ``nn.Conv2d``'s.
 
@@ -95,9 +112,5 @@ class DepthwiseConv2d(nn.Conv2d):
             from .cpu_depthwise import convolution  # Numba need not be there otherwise
 
             return convolution(x, self.weight, self.bias, self.dilation[0])
-        if not _kernels_serve(x):
-            return super().forward(x)
-        if torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.get_autocast_dtype("cuda"))
         assert self.bias is not None
-        return _forward(x, self.weight.contiguous(), self.bias, self.dilation[0])
+        return depthwise(x, self.weight, self.bias, self.dilation[0]) if _kernels_serve(x) else super().forward(x)

@@ -131,13 +131,15 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
         Ds: Tensor,
         states: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return module.scan_2d_backward(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states)
+        dx, *rest = module.scan_2d_backward(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states)
+        return dx.to(x.dtype), *rest
 
     @backward_op.register_fake
     def _(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states):  # type: ignore[no-untyped-def]
-        tensors = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+        parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
         kind = _accumulation_type(x)
-        return tuple(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in tensors)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return dx, *(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in parameters)
 
     no_double_backward(backward_op)
 

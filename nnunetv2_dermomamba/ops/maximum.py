@@ -7,17 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import own_gpu_kernels
+
 
 @torch.library.custom_op("dermomamba::maximum", mutates_args=())
 def _forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if x.is_cuda and own_gpu_kernels(x.dtype):
+        from .triton_maximum import maximum_along  # Triton need not be there otherwise
+
+        return maximum_along(x.contiguous(), dim)
     values, indices = x.max(dim)
-    return values, indices
+    return values.contiguous(), indices.int().contiguous()
 
 
 @_forward.register_fake
 def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    values, indices = torch.max(x, dim)
-    return values, indices
+    values = x.new_empty(x.shape[:dim] + x.shape[dim + 1 :])
+    return values, torch.empty_like(values, dtype=torch.int32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -32,9 +38,11 @@ def _gradients(ctx: Any, dvalues: Tensor, dindices: Tensor | None) -> tuple[Tens
     if indices.device.type == "cpu":
         shape = list(indices.shape)
         shape[ctx.dim] = ctx.length
-        return dvalues.new_zeros(shape).scatter_(ctx.dim, indices, dvalues), None
+        return dvalues.new_zeros(shape).scatter_(ctx.dim, indices.long(), dvalues), None
     # one-hot times gradient rather than a scatter: a compiler fuses it into whatever reads it
-    positions = torch.arange(ctx.length, device=indices.device).view(-1, *(1,) * (indices.ndim - 1 - ctx.dim))
+    positions = torch.arange(ctx.length, device=indices.device, dtype=indices.dtype).view(
+        -1, *(1,) * (indices.ndim - 1 - ctx.dim)
+    )
     return (indices == positions) * dvalues, None
 
 
@@ -50,7 +58,7 @@ def maximum(x: Tensor, dim: int) -> Tensor:
 
     Args:
         x: any shape and floating-point type.
-        dim: axis that is reduced.
+        dim: axis that is reduced, not negative.
 
     Returns:
         ``x``'s shape without ``dim``, ``x``'s type.

@@ -12,6 +12,7 @@ import torch
 from emulator import SHARED_BYTES
 from emulator import launch as emulated_launch
 from scan_checks import DEVICE, check, cotangent, in_float64, maps, sequences
+from tolerances import FORWARD, relative_error
 
 from nnunetv2_dermomamba.ops import cuda_block, cuda_scan_1d, cuda_scan_2d, nvrtc, selective_scan, selective_scan_2d
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
@@ -162,9 +163,18 @@ def test_2d_map_of_several_blocks():
 @emulated
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_2d_half_precision_input_is_computed_in_float32(kind):
-    inputs = maps(1, 3, 7, 16, 1, 16)
-    inputs["x"] = inputs["x"].to(kind)
-    check_2d(inputs)
+    half = maps(1, 3, 7, 16, 1, 16)
+    half["x"] = half["x"].to(kind)
+    wide = half | {"x": half["x"].float()}
+    results = []
+    for inputs in (half, wide):
+        y, states = cuda_scan_2d.scan_2d_forward(*inputs.values())
+        results.append([y, *cuda_scan_2d.scan_2d_backward(cotangent(y.shape), *inputs.values(), states)])
+    check_2d(wide)
+    results[1][1] = results[1][1].to(kind)  # the gradient of x has its type
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert relative_error(one, other) < FORWARD[torch.float32]
 
 
 @emulated

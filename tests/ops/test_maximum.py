@@ -7,6 +7,8 @@ import torch
 
 from nnunetv2_dermomamba.ops.maximum import maximum
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def draw(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
@@ -39,3 +41,21 @@ def test_without_gradient_it_is_amax():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_is_a_proper_operator(dtype, dim):
     torch.library.opcheck(torch.ops.dermomamba.maximum.default, (draw(dtype), dim))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((3, 700, 5), 1), ((2, 9000, 70), 1), ((1, 1, 3), 1), ((5, 33), 1), ((2, 3, 5, 16), 3), ((7, 512), 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernels_equal_pytorchs_own(shape, dim, dtype):
+    pytest.importorskip("triton")
+    from nnunetv2_dermomamba.ops.triton_maximum import maximum_along
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    values, indices = maximum_along(x, dim)
+    assert torch.equal(values, x.amax(dim))
+    assert torch.equal(x.gather(dim, indices.long().unsqueeze(dim)).squeeze(dim), values)
+    indices = maximum_along(torch.zeros_like(x), dim)[1]  # of equal ones the first
+    assert not indices.any()
+    assert not maximum_along(torch.full_like(x, float("-inf")), dim)[1].any()

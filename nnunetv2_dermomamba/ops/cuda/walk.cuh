@@ -28,19 +28,7 @@ constexpr int GROUP_WARPS = GROUP / 32;
 constexpr int PARTS = GROUP_WARPS;
 constexpr bool IN_PLACE = GROUP == 32;  // a segment is one warp's: dB and dC over B and C
 
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-
-// The hardware's exponential: results below the smallest normal number are 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-#ifdef EMULATED
-    return emulated_exp2(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
 
 // max(x, 0) + log1p(exp(-|x|)), log1p(t) as t times a polynomial of degree 8 with the least relative error on [0, 1],
 // 3e-8: tiny results stay relatively exact.
@@ -70,13 +58,6 @@ __device__ __forceinline__ void group_sync() {
     else
         __syncthreads();
 }
-
-struct alignas(16) Four {
-    float at[4];
-};
-
-__device__ __forceinline__ Four read4(const float* p) { return *reinterpret_cast<const Four*>(p); }
-__device__ __forceinline__ void write4(float* p, const Four& v) { *reinterpret_cast<Four*>(p) = v; }
 
 // Where a thread's states are: its segment, its two channels and its four states, by slot.
 struct Lane {

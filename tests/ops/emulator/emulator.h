@@ -81,6 +81,16 @@ static float emulated_half(unsigned short bits) {
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+static unsigned short emulated_narrow_half(float value) {
+    const _Float16 x = value;
+    unsigned short bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static unsigned short emulated_narrow_bfloat(float value) {  // to nearest, ties to even
+    const unsigned bits = __float_as_uint(value);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 // The tensor cores' product of tf32 operands, which leave out the low 13 bits.
 static void emulated_multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -1,0 +1,21 @@
+// What all kernels share: four floats at once, and the hardware's exponential.
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// The hardware's exponential: results below the smallest normal number are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef EMULATED
+    return emulated_exp2(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+struct alignas(16) Four {
+    float at[4];
+};
+
+__device__ __forceinline__ Four read4(const float* p) { return *reinterpret_cast<const Four*>(p); }
+__device__ __forceinline__ void write4(float* p, const Four& v) { *reinterpret_cast<Four*>(p) = v; }

@@ -1,0 +1,151 @@
+"""Depthwise convolutions of channels-last maps as CUDA kernels, several at once (``cuda/depthwise.cu``)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from . import nvrtc
+from .cuda_block import INPUTS, ceil_div
+from .nvrtc import launch
+
+FILES = ("four.cuh", "input.cuh", "tile.cuh", "depthwise.cu")
+THREADS = 256
+QUAD = 4
+"""Channels of a block."""
+AXIAL_TAPS, SILU_TAPS = 26, 10
+"""Rows of the weights: every tap of every kernel, and the kernels' biases."""
+
+
+class Sizes(ctypes.Structure):
+    """As in ``tile.cuh``."""
+
+    _fields_ = [(n, ctypes.c_int) for n in ("height", "width", "channels")]
+
+
+def _quads_axial(tile: int) -> tuple[int, int]:
+    """Quads in shared memory at dilation 3, forward and backward (``Axial``)."""
+    whole, rows = (tile + 24) ** 2, (tile + 24) * (tile + 6)
+    return whole + rows + (tile + 6) ** 2, 2 * whole + rows + (tile + 18) ** 2 + tile * (tile + 18)
+
+
+def _quads_silu(tile: int) -> tuple[int, int]:
+    return (tile + 2) ** 2, (tile + 4) ** 2 + (tile + 2) ** 2
+
+
+def _bytes(quads: int, taps: int, size: int, backward: bool) -> int:
+    """Of a block's shared memory: weights, backward their gradients and the threads' sums, and planes."""
+    return 4 * QUAD * (taps * (2 if backward else 1) + (THREADS if backward else 0)) + quads * QUAD * size
+
+
+def _backward_bytes(tile: int, size: int) -> int:
+    """Of a block of the hungriest kernel."""
+    return _bytes(_quads_axial(tile)[1], AXIAL_TAPS, size, backward=True)
+
+
+def _tile(size: int, side: int, limit: int) -> int:
+    """Side of a block's tile for values of ``size`` bytes, a map's longer side and a block's shared memory."""
+    return 32 if side > 16 and _backward_bytes(32, size) <= limit else 16
+
+
+def _limit() -> int:
+    return nvrtc.max_shared(torch.cuda.current_device())
+
+
+class Plan:
+    """Sizes of one call for ``x`` (batch, height, width, ...), of which ``branches`` times ``channels`` are read."""
+
+    def __init__(self, x: Tensor, branches: int, taps: int) -> None:
+        self.batch, height, width, channels = x.shape
+        self.channels = channels // branches
+        self.tile = _tile(x.element_size(), max(height, width), _limit())
+        self.parts = self.batch * ceil_div(height, self.tile) * ceil_div(width, self.tile)
+        self.grid = self.parts * branches * (self.channels // QUAD)
+        quads = (_quads_axial if branches > 1 else _quads_silu)(self.tile)
+        self.shared = [_bytes(q, taps, x.element_size(), i == 1) for i, q in enumerate(quads)]
+        self.definitions = {"TILE": self.tile, "INPUT": INPUTS[x.dtype]}
+        self.sizes = Sizes(height, width, self.channels)
+
+    def launch(self, name: str, *arguments: Tensor | int) -> None:
+        """Launch a kernel."""
+        shared = self.shared[name.endswith("backward")]
+        launch(FILES, self.definitions, name, self.grid, THREADS, shared, *arguments, self.sizes)
+
+
+def fits(kind: torch.dtype) -> bool:
+    """Whether the current device's shared memory holds the planes of maps of this type."""
+    return _backward_bytes(16, kind.itemsize) <= _limit()
+
+
+def _pitched(x: Tensor) -> tuple[Tensor, int]:
+    """(..., channels) whose positions follow each other at one distance, in elements."""
+    height, width = x.shape[1:3]
+    pitch = x.stride(2)
+    size = x.element_size() * QUAD
+    dense = x.stride() == (height * width * pitch, width * pitch, pitch, 1)
+    if not dense or pitch % QUAD or x.data_ptr() % size:
+        x = x.contiguous()
+        x = x if x.data_ptr() % size == 0 else x.clone()
+    return x, x.stride(2)
+
+
+def axial_forward(x: Tensor, weights: Tensor) -> Tensor:
+    """``x + dw3x3(dw7x1(dw1x7(x)))`` of three branches with dilations 1, 2 and 3, and "same" padding.
+
+    Args:
+        x: (B, H, W, 3 c), the branches' channels one after the other, float16, bfloat16 or float32; c a multiple of 4.
+        weights: (3, 26, c), float32: 1 x 7, its bias, 7 x 1, its bias, 3 x 3, its bias.
+
+    Returns:
+        (3 B, H, W, c) of ``x``'s type, contiguous.
+    """
+    plan = Plan(x, 3, AXIAL_TAPS)
+    y = x.new_empty(3 * plan.batch, *x.shape[1:3], plan.channels)
+    x, pitch = _pitched(x)
+    with torch.cuda.device_of(x):
+        plan.launch("axial_forward", x, weights.contiguous(), y, plan.batch, pitch)
+    return y
+
+
+def axial_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``axial_forward`` with respect to x, contiguous and of its type, and the weights."""
+    plan = Plan(x, 3, AXIAL_TAPS)
+    dx = x.new_empty(x.shape)
+    sums = weights.new_empty(plan.parts, *weights.shape)
+    x, pitch = _pitched(x)
+    with torch.cuda.device_of(x):
+        dy, _ = _pitched(dy.contiguous())
+        plan.launch("axial_backward", dy, x, weights.contiguous(), dx, sums, plan.batch, pitch)
+        return dx, sums.sum(0)
+
+
+def silu_forward(x: Tensor, weights: Tensor) -> Tensor:
+    """``silu(dw3x3(x))`` with "same" padding.
+
+    Args:
+        x: (B, H, W, c), float16, bfloat16 or float32; c a multiple of 4.
+        weights: (10, c), float32: 3 x 3, its bias.
+
+    Returns:
+        (B, H, W, c) of ``x``'s type, contiguous.
+    """
+    plan = Plan(x, 1, SILU_TAPS)
+    y = x.new_empty(x.shape)
+    x, pitch = _pitched(x)
+    with torch.cuda.device_of(x):
+        plan.launch("silu_forward", x, weights.contiguous(), y, pitch)
+    return y
+
+
+def silu_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``silu_forward`` with respect to x, contiguous and of its type, and the weights."""
+    plan = Plan(x, 1, SILU_TAPS)
+    dx = x.new_empty(x.shape)
+    sums = weights.new_empty(plan.parts, *weights.shape)
+    x, pitch = _pitched(x)
+    with torch.cuda.device_of(x):
+        dy, _ = _pitched(dy.contiguous())
+        plan.launch("silu_backward", dy, x, weights.contiguous(), dx, sums, pitch)
+        return dx, sums.sum(0)
