@@ -115,12 +115,18 @@ def _weights_2d(
 
 
 def scan_2d_forward(
-    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Four-direction scan; arguments as ``naive.selective_scan_2d_naive``.
+    """Four-direction scan; arguments as ``naive.selective_scan_2d_naive``, and whether states are wanted.
 
     Returns:
-        y (B, H, W, d) and the states at the chunk starts, float32 (float64 for float64 input).
+        y (B, H, W, d) and the states at the chunk starts, or none, float32 (float64 for float64 input).
     """
     batch, height, width, dim = x.shape
     kind, state = _accumulation_type(x), A.shape[1]
@@ -136,7 +142,7 @@ def scan_2d_forward(
                     states_array[b, k], ys_array[pair, b])  # fmt: skip
 
     _run(task, [(b, pair) for b in range(batch) for pair in (0, 1)])
-    return ys[0].add_(ys[1]), states
+    return ys[0].add_(ys[1]), states if keep else states.new_empty(0)
 
 
 def scan_2d_backward(

@@ -102,12 +102,18 @@ def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
 
 
 def scan_2d_forward(
-    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See ``triton_scan_2d.scan_2d_forward``."""
     module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
     parameters = _plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    return module.scan_2d_forward(_aligned(x), *parameters)
+    return module.scan_2d_forward(_aligned(x), *parameters, keep)
 
 
 def scan_2d_backward(

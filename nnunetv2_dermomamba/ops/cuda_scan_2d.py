@@ -44,18 +44,10 @@ def _weights_bytes(block: Block) -> int:
     return 4 * ((RANK + 2 * STATES) * (block.D + 4) + block.D * (RANK + 1))
 
 
-def _backward_bytes(block: Block, subs: int) -> int:
-    """Bytes of a block's shared memory in the backward kernel, which keeps states of every sub-block and step."""
+def _backward_bytes(block: Block) -> int:
+    """Bytes of a block's shared memory in the backward kernel, which has states of every STEPS of two sub-blocks."""
     rows = _rows(block) + RANK + 4 + block.D + block.summed_rows
-    return block.rows_bytes(rows) + _weights_bytes(block) + (SUB // STEPS + subs) * block.states_bytes
-
-
-def _subs(block: Block, batch: int, length: int, limit: int) -> int:
-    """Sub-blocks of a chunk, as many as shared memory holds the states of; 0 if it holds none."""
-    subs = chunk_subs(length, block.segments, 2 * batch)
-    while subs and _backward_bytes(block, subs) > limit:
-        subs //= 2
-    return subs
+    return block.rows_bytes(rows) + _weights_bytes(block) + 2 * SUB // STEPS * block.states_bytes
 
 
 class Plan:
@@ -64,7 +56,7 @@ class Plan:
     def __init__(self, x: Tensor, rank: int, states: int) -> None:
         self.batch, height, width, self.d = x.shape
         self.block = Block.of(self.d)
-        self.subs = _subs(self.block, self.batch, height * width, max_shared(x))
+        self.subs = chunk_subs(height * width, self.block.segments, 2 * self.batch)
         self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
         self.chunks = self.spans * self.block.segments
         self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)
@@ -75,7 +67,7 @@ class Plan:
             "WHOLE": int(self.d == self.block.D),
         }
 
-    def launch(self, name: str, directions: int, shared: int, *arguments: Tensor) -> None:
+    def launch(self, name: str, directions: int, shared: int, *arguments: Tensor | None) -> None:
         """Launch a kernel, ``directions`` blocks a span of a map."""
         grid = self.batch * directions * self.spans
         launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, self.map)
@@ -98,25 +90,33 @@ def serves_2d(x: Tensor, rank: int, states: int) -> bool:
         return False
     if 4 * batch * d >= MAX_SEQUENCES:
         return False
-    return _subs(Block.of(d), batch, height * width, max_shared(x)) > 0
+    return _backward_bytes(Block.of(d)) <= max_shared(x)
 
 
 def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
-    """Shape of ``states``: (batch, 4, chunks, d, 16), what enters each chunk."""
+    """Shape of ``states``: those of every thread before every second sub-block, see ``kept_at`` in ``scan_2d.cu``."""
     plan = Plan(x, rank, state)
-    return [plan.batch, 4, plan.chunks, plan.d, STATES]
+    return [2 * plan.batch * plan.spans, 2, ceil_div(plan.subs, 2), plan.block.threads * 8]
 
 
 def scan_2d_forward(
-    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See ``triton_scan_2d.scan_2d_forward``; for up to 128 channels, 16 states and a dt rank of 8."""
     plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
         y = A.new_empty(2, *x.shape)
-        states = plan.summaries("summary_2d", A, x, *weights)
-        plan.launch("forward_2d", 2, plan.shared, x, *weights, A, Ds, states, y)
+        starts = plan.summaries("summary_2d", A, x, *weights)
+        shape = states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
+        states = A.new_empty(shape)
+        plan.launch("forward_2d", 2, plan.shared, x, *weights, A, Ds, starts, states if keep else None, y)
         return y[0] + y[1], states
 
 
@@ -137,7 +137,7 @@ def scan_2d_backward(
         adjoints = plan.summaries("adjoint_2d", A, x, dy, *weights)
         dx = A.new_empty(2, *x.shape)
         sums = [A.new_empty(plan.batch * plan.spans, *m.shape) for m in (*weights, A, Ds)]
-        shared = _backward_bytes(plan.block, plan.subs)
+        shared = _backward_bytes(plan.block)
         plan.launch("backward_2d", 2, shared, dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
         dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
         # in the type that autograd wants: one pass, not two

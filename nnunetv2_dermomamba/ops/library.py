@@ -110,14 +110,21 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
 
     @torch.library.custom_op(f"dermomamba::{name}_scan_2d", mutates_args=())
     def forward(
-        x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+        x: Tensor,
+        x_proj_weight: Tensor,
+        dt_projs_weight: Tensor,
+        dt_projs_bias: Tensor,
+        A: Tensor,
+        Ds: Tensor,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        return module.scan_2d_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+        return module.scan_2d_forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, keep)
 
     @forward.register_fake
-    def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):  # type: ignore[no-untyped-def]
+    def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, keep):  # type: ignore[no-untyped-def]
         kind = _accumulation_type(x)
-        states = x.new_empty(module.states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]), dtype=kind)
+        shape = module.states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
+        states = x.new_empty(shape, dtype=kind)
         return torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format), states
 
     @torch.library.custom_op(f"dermomamba::{name}_scan_2d_backward", mutates_args=())
@@ -143,19 +150,20 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
 
     no_double_backward(backward_op)
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:-1], output[1])
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, states = ctx.saved_tensors
         if dy is None:
-            return (None,) * 6
-        return tuple(_like(tuple(inputs), backward_op(dy.contiguous(), *inputs, states)))
+            return (None,) * 7
+        return (*_like(tuple(inputs), backward_op(dy.contiguous(), *inputs, states)), None)
 
     forward.register_autograd(backward, setup_context=setup_context)
 
     def scan(*arguments: Tensor) -> Tensor:
-        return forward(*arguments)[0]
+        keep = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
+        return forward(*arguments, keep)[0]
 
     return scan

@@ -365,7 +365,13 @@ def _summaries(plan: _Plan, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor,
 
 
 def scan_2d_forward(
-    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Four-direction selective scan of a map with its projections, of contiguous tensors.
 
@@ -376,14 +382,16 @@ def scan_2d_forward(
         dt_projs_bias: (4, d), added before the softplus.
         A: (4 d, N), negative.
         Ds: (4 d,).
+        keep: whether a backward pass will want states.
 
     Returns:
-        y (B, H, W, d) in float32, and the states that the backward pass starts from (``states_shape_2d``).
+        y (B, H, W, d) in float32, and the states that the backward pass starts from (``states_shape_2d``), or none.
     """
     d = x.shape[3]
     forward = _fused_forward if d <= NARROW else rows_forward if d <= MAX_BLOCK else _wide_forward
     with torch.cuda.device_of(x):
-        return forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+        y, states = forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    return y, states if keep else states.new_empty(0)
 
 
 def scan_2d_backward(

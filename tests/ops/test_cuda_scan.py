@@ -203,16 +203,28 @@ def test_2d_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
 
-@emulated
-def test_2d_chunks_shrink_to_what_shared_memory_holds(monkeypatch):
-    inputs = maps(1, 16, 20, 128, 1, 4)  # longer than what is always one chunk
-    wanted = cuda_scan_2d.Plan(inputs["x"], 1, 4).subs
-    limit = cuda_scan_2d._backward_bytes(cuda_block.Block(128), 1)
+def test_2d_needs_shared_memory_for_a_block(monkeypatch):
+    x = torch.empty(1, 16, 20, 128, device=DEVICE)
+    limit = cuda_scan_2d._backward_bytes(cuda_block.Block(128))
     monkeypatch.setattr(cuda_scan_2d, "max_shared", lambda like: limit)
-    assert cuda_scan_2d.Plan(inputs["x"], 1, 4).subs == 1 < wanted
-    check_2d(inputs)
+    assert cuda_scan_2d.serves_2d(x, 1, 4)
     monkeypatch.setattr(cuda_scan_2d, "max_shared", lambda like: limit - 1)
-    assert not cuda_scan_2d.serves_2d(inputs["x"], 1, 4)
+    assert not cuda_scan_2d.serves_2d(x, 1, 4)
+
+
+@emulated
+def test_2d_a_chunk_of_an_odd_number_of_sub_blocks():
+    inputs = maps(1, 5, 9, 64, 1, 16)
+    assert cuda_scan_2d.Plan(inputs["x"], 1, 16).subs == 3
+    check_2d(inputs)
+
+
+@emulated
+def test_2d_states_that_nobody_wants_are_not_written():
+    inputs = maps(1, 5, 9, 8, 1, 16)
+    y, states = cuda_scan_2d.scan_2d_forward(*inputs.values(), keep=False)
+    assert states.numel() == 0
+    assert torch.equal(y, cuda_scan_2d.scan_2d_forward(*inputs.values())[0])
 
 
 @pytest.mark.parametrize(("rank", "state", "d"), [(9, 16, 8), (1, 17, 8), (1, 16, 129)])

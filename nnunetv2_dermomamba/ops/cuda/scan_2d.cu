@@ -354,10 +354,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
 }
 
-// y of the row-major paths, and of the column-major ones behind it: (2, batch, height, width, d).
+// What the backward pass starts from: a thread's states before every second sub-block, as (blocks, 2 directions, pairs
+// of sub-blocks, CHANNELS, THREADS, STATES), for blocks as of forward_2d and backward_2d.
+__device__ __forceinline__ long long kept_at(const Map& map, int reverse, int pair, int r) {
+    const int pairs = (map.subs + 1) / 2;
+    const long long tile = ((long long)blockIdx.x * 2 + reverse) * pairs + pair;
+    return ((tile * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
+}
+
+// y of the row-major paths, and of the column-major ones behind it: (2, batch, height, width, d). Without ``kept``, no
+// states are.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     forward_2d(const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of, const float* A,
-               const float* skip, const float* starts, float* y, Map map) {
+               const float* skip, const float* starts, float* kept, float* y, Map map) {
     extern __shared__ float shared[];
     const int block_span = blockIdx.x % map.spans, column = blockIdx.x / map.spans % 2;
     const int batch = blockIdx.x / map.spans / 2, batches = gridDim.x / map.spans / 2;
@@ -384,6 +393,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
         __syncthreads();
 #pragma unroll 1
         for (int sub = 0; sub < map.subs; ++sub) {
+            if (kept && sub % 2 == 0)
+                for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, reverse, sub / 2, r), states_of(h[r]));
             in.place(share, shared, ROWS, U);
             const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
             cursor.move(path, false);
@@ -487,7 +498,7 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
 // (batch, span) by the block of the same positions.
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
-                const float* A, const float* skip, const float* starts, const float* adjoints, float* dx,
+                const float* A, const float* skip, const float* kept, const float* adjoints, float* dx,
                 float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
     extern __shared__ float shared[];
     const int block_span = blockIdx.x % map.spans, column = blockIdx.x / map.spans % 2;
@@ -495,8 +506,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Lane lane;
     const MapShare share;
     float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
-    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;      // states every STEPS positions of a sub-block
-    float* entered = before + SUB / STEPS * CHANNELS * THREADS * STATES;  // and at every sub-block
+    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of two sub-blocks
     float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
     const int part = threadIdx.x % GROUP / 32;
     float* dm = rows + (IN_PLACE ? B_ROW : SUMS + part * 2 * N) * ROW;
@@ -513,69 +523,67 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float sum_bias[CHANNEL_ROWS] = {}, sum_skip[CHANNEL_ROWS] = {};
         WeightSums sums;
         read_decays(A, map, direction, lane, A2);
-        read_chunk(starts, map, batch, direction, span, lane, h);
+        read_chunk(adjoints, map, batch, direction, span, lane, g);
         __syncthreads();
         stage_weights(x_proj, dt_projs, skip, map, direction, weights);
         __syncthreads();
-        Cursor cursor(share, path, map, span, 0);
-        {
-            LoadedMap<Input> in;
-            in.read(x, share, path, cursor, map.d);
+        // Two sub-blocks are walked forward, their states kept, and then back; the second one's rows serve both walks.
+        const int pairs = (map.subs + 1) / 2;
+        Cursor cursor(share, path, map, span, 2 * (pairs - 1));
+        LoadedMap<Input> in;
+        LoadedMap<float> out;
+        in.read(x, share, path, cursor, map.d);
+        out.read(dy, share, path, cursor, map.d);
+        int pair = pairs - 1, step = 0;
 #pragma unroll 1
-            for (int sub = 0; sub < map.subs; ++sub) {
-                for (int r = 0; r < CHANNELS; ++r)
-                    write4(entered + (sub * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
-                if (sub + 1 == map.subs) break;
-                in.place(share, shared, BACKWARD_ROWS, U);
-                cursor.move(path, false);
-                in.read(x, share, path, cursor, map.d);
-                group_sync();
-                project<true, false>(shared, weights, BACKWARD_ROWS);
-                group_sync();
-                make_steps<true>(mine, path, map, sub, weights, shared);
-                group_sync();
-#pragma unroll
-                for (int q = 0; q < SUB / STEPS; ++q)
-                    walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
-                group_sync();
-            }
-        }
-        read_chunk(adjoints, map, batch, direction, span, lane, g);
-#pragma unroll 1
-        for (int sub = map.subs - 1; sub >= 0; --sub) {
-            {
-                LoadedMap<Input> in;
-                LoadedMap<float> out;
+        while (pair >= 0) {
+            const int count = min(2, map.subs - 2 * pair), second = count == 2 && step == 1;
+            const bool forth = step < count, back = step >= count - 1, last = step == 2 * count - 2;
+            const int sub = 2 * pair + second;
+            float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
+            in.place(share, shared, BACKWARD_ROWS, U);
+            if (back) out.place(share, shared, BACKWARD_ROWS, DY);
+            const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
+            cursor.move(path, last || step == 1);
+            if (last) cursor.move(path, true);
+            if (!back) {
                 in.read(x, share, path, cursor, map.d);
                 out.read(dy, share, path, cursor, map.d);
-                in.place(share, shared, BACKWARD_ROWS, U);
-                out.place(share, shared, BACKWARD_ROWS, DY);
             }
             group_sync();
             project<true, true>(shared, weights, BACKWARD_ROWS);
             group_sync();
             make_steps<true>(mine, path, map, sub, weights, shared);
+            group_sync();
+            if (step == 0)
+                for (int r = 0; r < CHANNELS; ++r) {
+                    const Four from = read4(kept + kept_at(map, reverse, pair, r));
+                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
+                }
+            if (forth) {
+#pragma unroll
+                for (int q = 0; q < SUB / STEPS; ++q) {
+                    for (int r = 0; r < CHANNELS; ++r)
+                        write4(entered + (q * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
+                    if (q < SUB / STEPS - 1 || !back)
+                        walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
+                }
+            }
+            if (!back) {
+                group_sync();
+                ++step;
+                continue;
+            }
             for (int i = 0; i < CHANNEL_ROWS; ++i) {
                 const float* cell = shared + mine.cell + i * PASS * ROW;
                 const Four in = read4(cell + U * ROW), out = read4(cell + DY * ROW);
                 for (int k = 0; k < 4; ++k) sum_skip[i] = fmaf(out.at[k], in.at[k], sum_skip[i]);
             }
-            group_sync();
-            for (int r = 0; r < CHANNELS; ++r) {
-                const Four from = read4(entered + (sub * CHANNELS + r) * THREADS * STATES);
-                for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
-            }
-#pragma unroll
-            for (int q = 0; q < SUB / STEPS; ++q) {
-                for (int r = 0; r < CHANNELS; ++r)
-                    write4(before + (q * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
-                if (q < SUB / STEPS - 1)
-                    walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
-            }
+            group_sync();  // before dy is written over
 #pragma unroll 1
             for (int q = SUB / STEPS - 1; q >= 0; --q) {
                 for (int r = 0; r < CHANNELS; ++r) {
-                    const Four from = read4(before + (q * CHANNELS + r) * THREADS * STATES);
+                    const Four from = read4(entered + (q * CHANNELS + r) * THREADS * STATES);
                     for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
                 }
                 walk_back(lane, rows + DELTA * ROW, rows + W * ROW, rows + DY * ROW, rows + B_ROW * ROW,
@@ -614,20 +622,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     }
                 }
             }
+            in.read(x, share, path, cursor, map.d);
+            if (!last) out.read(dy, share, path, cursor, map.d);
             group_sync();
             products_back(map, weights, shared, sums);
             group_sync();
             for (int i = 0; i < 2; ++i) {
-                const int position = cursor.position(path, i), channel = share.channel[i];
+                const int channel = share.channel[i];
                 Four sum = {};
-                if (reverse) sum = read_map(dx, position, channel, map.d);
-                const Four out = read_map(dy, position, channel, map.d), by = read4(weights + SKIP + channel);
+                if (reverse) sum = read_map(dx, position[i], channel, map.d);
+                const Four out = read_map(dy, position[i], channel, map.d), by = read4(weights + SKIP + channel);
                 const float* cell = shared + share.cell(BACKWARD_ROWS, i);
                 for (int k = 0; k < 4; ++k) sum.at[k] += fmaf(by.at[k], out.at[k], cell[(DELTA + k) * ROW]);
-                write_map(dx, position, channel, map.d, sum);
+                write_map(dx, position[i], channel, map.d, sum);
             }
-            cursor.move(path, true);
             group_sync();
+            pair -= last;
+            step = last ? 0 : step + 1;
         }
 
         // The block's sums, by way of the shared rows.
