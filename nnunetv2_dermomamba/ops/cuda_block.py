@@ -17,6 +17,8 @@ INPUTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CHANNELS = 128
 ONE_CHUNK = 256
 """Positions up to which a sequence may be one chunk."""
+LONG = 8
+"""Blocks of SUB positions of a chunk in a long sequence."""
 FEW_BLOCKS = 512
 """A grid of fewer leaves large GPUs (132 processors that hold four blocks each) idle."""
 MAX_POSITIONS = 2**30
@@ -74,10 +76,17 @@ def chunk_subs(length: int, segments: int, sequences: int) -> int:
     """
     if segments == 1 and length <= ONE_CHUNK and sequences >= FEW_BLOCKS // 4:
         return ceil_div(length, SUB)
-    subs = 8
+    subs = LONG
     while subs > 1 and sequences * ceil_div(length, segments * subs * SUB) < FEW_BLOCKS:
         subs //= 2
     return subs
+
+
+def long_chunk_subs(length: int, segments: int, sequences: int) -> int:
+    """As ``chunk_subs``, of a kernel that loses nothing by chunks twice as long, where there are many blocks."""
+    subs = chunk_subs(length, segments, sequences)
+    blocks = sequences * ceil_div(length, 2 * segments * subs * SUB)
+    return 2 * subs if subs == LONG and blocks >= 4 * FEW_BLOCKS else subs
 
 
 def max_shared(like: Tensor) -> int:

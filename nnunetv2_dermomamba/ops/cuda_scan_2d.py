@@ -17,7 +17,7 @@ from .cuda_block import (
     SUB,
     Block,
     ceil_div,
-    chunk_subs,
+    long_chunk_subs,
     max_shared,
 )
 from .cuda_scan_1d import combine
@@ -56,7 +56,7 @@ class Plan:
     def __init__(self, x: Tensor, rank: int, states: int) -> None:
         self.batch, height, width, self.d = x.shape
         self.block = Block.of(self.d)
-        self.subs = chunk_subs(height * width, self.block.segments, 2 * self.batch)
+        self.subs = long_chunk_subs(height * width, self.block.segments, 2 * self.batch)
         self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
         self.chunks = self.spans * self.block.segments
         self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)

@@ -18,12 +18,14 @@ logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "cont
 
 
 def _keep_scans(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_scan = str(op).startswith("dermomamba.") and "_scan_" in str(op)
-    return CheckpointPolicy.MUST_SAVE if is_scan else CheckpointPolicy.PREFER_RECOMPUTE
+    """What a scan reads is kept, too, where one operator makes it: it is small beside the scan's states."""
+    name = str(op)
+    is_kept = name.startswith("dermomamba.") and ("_scan_" in name or "depthwise_silu" in name)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """``function(*arguments)``, of which a training on a GPU keeps the arguments and the results of scans alone.
+    """``function(*arguments)``, of which a training on a GPU keeps the arguments and, of scans, inputs and results.
 
     PyTorch refuses a second backward pass through it, even with ``retain_graph``.
 

@@ -38,7 +38,7 @@ struct Sizes {
     int height, width, channels;
 
     __device__ __forceinline__ bool has(int row, int column) const {
-        return row >= 0 && row < height && column >= 0 && column < width;
+        return (unsigned)row < (unsigned)height && (unsigned)column < (unsigned)width;
     }
     __device__ __forceinline__ long long offset(int batch, int row, int column, int pitch) const {
         return (((long long)batch * height + row) * width + column) * pitch;
