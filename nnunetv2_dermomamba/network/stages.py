@@ -11,6 +11,7 @@ from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 from .attention import multiplied
+from .convolution import Conv3x3
 from .cross_scale import CrossScaleMambaBlock
 
 
@@ -24,7 +25,7 @@ class ResMambaBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.block = CrossScaleMambaBlock(dim)
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = Conv3x3(dim, dim)
         self.norm = nn.InstanceNorm2d(dim, affine=True)
         self.scale = nn.Parameter(torch.ones(1))
 
@@ -54,7 +55,7 @@ class EncoderStage(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.res_mamba = ResMambaBlock(dim)
-        self.conv = nn.Conv2d(dim, 2 * dim, 3, padding=1)
+        self.conv = Conv3x3(dim, 2 * dim)
         self.norm = nn.BatchNorm2d(2 * dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -79,7 +80,7 @@ class DecoderStage(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.fuse = nn.Conv2d(2 * dim, dim, 1)
-        self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1)
+        self.conv = Conv3x3(dim, dim // 2)
         self.norm = nn.BatchNorm2d(dim // 2)
 
     def _fuse(self, x: Tensor, *skip: Tensor) -> Tensor:

@@ -43,10 +43,11 @@ def _load_matrix(ptr, C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl
 
 @triton.jit
 def forward_kernel(
-    x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, y_ptr, rows, x_row, gate_row, eps,
-    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr
+    x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, y_ptr, other_ptr, rows, x_row, gate_row, eps,
+    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
+    HALVES: tl.constexpr
 ):  # fmt: skip
-    """``y = matrix (norm(x) silu(gate))`` of ``P`` rows."""
+    """``y = matrix (norm(x) silu(gate))`` of ``P`` rows; HALVES: ``other`` by the second matrix, behind the first."""
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     column = tl.arange(0, CP)
     out = tl.arange(0, MP)
@@ -57,18 +58,25 @@ def forward_kernel(
     if GATED:
         gate = tl.load(gate_ptr + row[:, None] * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         z *= gate * tl.sigmoid(gate)
+    at = row[:, None] * M + out[None, :]
+    known = (row < rows)[:, None] & (out < M)[None, :]
     matrix = tl.trans(_load_matrix(matrix_ptr, C, M, CP, MP))
     y = _dot(z, matrix, tl.zeros([P, MP], tl.float32), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row[:, None] * M + out[None, :], y, mask=(row < rows)[:, None] & (out < M)[None, :])
+    tl.store(y_ptr + at, y, mask=known)
+    if HALVES:
+        matrix = tl.trans(_load_matrix(matrix_ptr + M * C, C, M, CP, MP))
+        y = _dot(z, matrix, tl.zeros([P, MP], tl.float32), y_ptr.dtype.element_ty)
+        tl.store(other_ptr + at, y, mask=known)
 
 
 @triton.jit
 def backward_kernel(
-    dy_ptr, x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, dx_ptr, dgate_ptr, part_ptr,
+    dy_ptr, dother_ptr, x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, dx_ptr, dgate_ptr, part_ptr,
     rows, x_row, gate_row, eps,
-    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr
+    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
+    HALVES: tl.constexpr
 ):  # fmt: skip
-    """Gradients of x and gate, and the program's partial sums of those of matrix, scale and shift, in that order."""
+    """Gradients of x and gate, and the program's partial sums of those of matrices, scale and shift, in that order."""
     kind: tl.constexpr = dy_ptr.dtype.element_ty
     column = tl.arange(0, CP)
     out = tl.arange(0, MP)
@@ -76,42 +84,56 @@ def backward_kernel(
     shift = tl.load(shift_ptr + column, mask=column < C, other=0.0)
     matrix = _load_matrix(matrix_ptr, C, M, CP, MP)
     dmatrix = tl.zeros([MP, CP], tl.float32)
+    if HALVES:
+        second = _load_matrix(matrix_ptr + M * C, C, M, CP, MP)
+        dsecond = tl.zeros([MP, CP], tl.float32)
     dscale = tl.zeros([P, CP], tl.float32)
     dshift = tl.zeros([P, CP], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, P), tl.num_programs(0)):
         row = (block * P + tl.arange(0, P)).to(tl.int64)
         x, rstd, inside = _normalise(x_ptr, x_row, row, column, rows, eps, C)
         n = x * scale[None, :] + shift[None, :]
-        at = dy_ptr + row[:, None] * M + out[None, :]
-        dy = tl.load(at, mask=(row < rows)[:, None] & (out < M)[None, :], other=0.0)
+        at = row[:, None] * M + out[None, :]
+        known = (row < rows)[:, None] & (out < M)[None, :]
+        dy = tl.load(dy_ptr + at, mask=known, other=0.0)
         dz = _dot(dy, matrix, tl.zeros([P, CP], tl.float32), kind)
+        if HALVES:
+            dother = tl.load(dother_ptr + at, mask=known, other=0.0)
+            dz = _dot(dother, second, dz, kind)
         if GATED:
             gate = tl.load(gate_ptr + row[:, None] * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
             sigmoid = tl.sigmoid(gate)
             silu = gate * sigmoid
             dgate = dz * n * (sigmoid + silu * (1.0 - sigmoid))
             tl.store(dgate_ptr + row[:, None] * C + column[None, :], dgate, mask=inside)
-            dmatrix = _dot(tl.trans(dy), n * silu, dmatrix, kind)
+            n *= silu
             dz *= silu
-        else:
-            dmatrix = _dot(tl.trans(dy), n, dmatrix, kind)
+        dmatrix = _dot(tl.trans(dy), n, dmatrix, kind)
+        if HALVES:
+            dsecond = _dot(tl.trans(dother), n, dsecond, kind)
         dscale += dz * x
         dshift += dz
         dx = dz * scale[None, :]
         dx -= (tl.sum(dx, axis=1) / C)[:, None] + x * (tl.sum(dx * x, axis=1) / C)[:, None]
         tl.store(dx_ptr + row[:, None] * C + column[None, :], dx * rstd[:, None], mask=inside)
-    part = part_ptr + tl.program_id(0) * ((M + 2) * C)
+    ROWS: tl.constexpr = 2 * M if HALVES else M
+    part = part_ptr + tl.program_id(0) * ((ROWS + 2) * C)
+    cell = out[:, None] * C + column[None, :]
     known = (out < M)[:, None] & (column < C)[None, :]
-    tl.store(part + out[:, None] * C + column[None, :], dmatrix, mask=known)
-    tl.store(part + M * C + column, tl.sum(dscale, axis=0), mask=column < C)
-    tl.store(part + (M + 1) * C + column, tl.sum(dshift, axis=0), mask=column < C)
+    tl.store(part + cell, dmatrix, mask=known)
+    if HALVES:
+        tl.store(part + M * C + cell, dsecond, mask=known)
+    tl.store(part + ROWS * C + column, tl.sum(dscale, axis=0), mask=column < C)
+    tl.store(part + (ROWS + 1) * C + column, tl.sum(dshift, axis=0), mask=column < C)
 
 
-def _constants(channels: int, outputs: int, gated: bool) -> dict[str, int]:
-    CP, MP = (max(16, triton.next_power_of_2(n)) for n in (channels, outputs))  # what a tl.dot wants
-    rows = min(64, VALUES // max(CP, MP))
-    warps = 8 if CP * MP >= 2048 else 4
-    return {"C": channels, "M": outputs, "CP": CP, "MP": MP, "P": rows, "GATED": gated, "num_warps": warps}
+def _constants(channels: int, outputs: int, gated: bool, halves: bool) -> dict[str, int]:
+    CP = max(16, triton.next_power_of_2(channels))  # what a tl.dot wants
+    rows = min(64, VALUES // max(CP, triton.next_power_of_2(outputs)))
+    warps = 8 if CP * triton.next_power_of_2(outputs) >= 2048 else 4
+    outputs = outputs // 2 if halves else outputs
+    sizes = {"C": channels, "M": outputs, "CP": CP, "MP": max(16, triton.next_power_of_2(outputs)), "P": rows}
+    return sizes | {"GATED": gated, "HALVES": halves, "num_warps": warps}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -121,8 +143,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def norm_linear_forward(
-    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
-) -> Tensor:
+    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype,
+    halves: bool = False
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``matrix (norm(x) silu(gate))``.
 
     Args:
@@ -133,26 +156,28 @@ def norm_linear_forward(
         eps: of the LayerNorm.
         matrix: (m, c), float32, contiguous, m at most ``norm_linear.WIDEST_OUT``.
         kind: type of the result and of the factors of the product.
+        halves: whether the result is wanted as two, each in memory by itself; m is even.
 
     Returns:
-        (..., m), contiguous.
+        (..., m), contiguous; or two of (..., m / 2).
     """
     outputs, channels = matrix.shape
-    y = x.new_empty(*x.shape[:-1], outputs, dtype=kind)
+    pieces = 2 if halves else 1
+    ys = tuple(x.new_empty(*x.shape[:-1], outputs // pieces, dtype=kind) for _ in range(pieces))
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
-    constants = _constants(channels, outputs, gate is not None)
+    constants = _constants(channels, outputs, gate is not None, halves)
     with torch.cuda.device_of(x):
         forward_kernel[(ceil_div(len(x), constants["P"]),)](
-            x, gates, scale, shift, matrix, y, len(x), x.stride(0), gates.stride(0), eps, **constants
+            x, gates, scale, shift, matrix, ys[0], ys[-1], len(x), x.stride(0), gates.stride(0), eps, **constants
         )
-    return y
+    return ys
 
 
 def norm_linear_backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
+    dys: tuple[Tensor, ...], x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of ``norm_linear_forward`` for contiguous ``dy`` (..., m).
+    """Gradients of ``norm_linear_forward`` for contiguous ``dys``, one or two as that returned.
 
     Returns:
         Of x and gate, of their types and contiguous; of scale, shift and matrix, in float32.
@@ -162,13 +187,13 @@ def norm_linear_backward(
     dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
-    constants = _constants(channels, outputs, gate is not None)
+    constants = _constants(channels, outputs, gate is not None, len(dys) == 2)
     programs = programs_at_once(x, PROGRAMS if constants["num_warps"] == 4 else 1)
     programs = min(programs, ceil_div(len(x), constants["P"]))
     parts = x.new_empty(programs, outputs + 2, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
-            dy, x, gates, scale, shift, matrix, dx, dx if dgate is None else dgate, parts,
+            dys[0], dys[-1], x, gates, scale, shift, matrix, dx, dx if dgate is None else dgate, parts,
             len(x), x.stride(0), gates.stride(0), eps, **constants
         )  # fmt: skip
     total = parts.sum(0)
