@@ -42,12 +42,22 @@ def _load_matrix(ptr, C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl
 
 
 @triton.jit
+def _cells(ptr, other_ptr, row, out, M: tl.constexpr, WIDTH: tl.constexpr):
+    """Where a row's outputs are: all behind ``ptr``, or two pieces of WIDTH behind ``ptr`` and ``other_ptr``."""
+    if WIDTH == M:
+        return ptr + row[:, None] * M + out[None, :]
+    size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    apart = (other_ptr.to(tl.int64) - ptr.to(tl.int64)) // size
+    return ptr + (row[:, None] * WIDTH + (out % WIDTH)[None, :]) + ((out // WIDTH) * apart)[None, :]
+
+
+@triton.jit
 def forward_kernel(
     x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, y_ptr, other_ptr, rows, x_row, gate_row, eps,
     C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
-    HALVES: tl.constexpr
+    WIDTH: tl.constexpr
 ):  # fmt: skip
-    """``y = matrix (norm(x) silu(gate))`` of ``P`` rows; HALVES: ``other`` by the second matrix, behind the first."""
+    """``y = matrix (norm(x) silu(gate))`` of ``P`` rows, in pieces of WIDTH."""
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     column = tl.arange(0, CP)
     out = tl.arange(0, MP)
@@ -58,15 +68,10 @@ def forward_kernel(
     if GATED:
         gate = tl.load(gate_ptr + row[:, None] * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         z *= gate * tl.sigmoid(gate)
-    at = row[:, None] * M + out[None, :]
-    known = (row < rows)[:, None] & (out < M)[None, :]
     matrix = tl.trans(_load_matrix(matrix_ptr, C, M, CP, MP))
     y = _dot(z, matrix, tl.zeros([P, MP], tl.float32), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=known)
-    if HALVES:
-        matrix = tl.trans(_load_matrix(matrix_ptr + M * C, C, M, CP, MP))
-        y = _dot(z, matrix, tl.zeros([P, MP], tl.float32), y_ptr.dtype.element_ty)
-        tl.store(other_ptr + at, y, mask=known)
+    at = _cells(y_ptr, other_ptr, row, out, M, WIDTH)
+    tl.store(at, y, mask=(row < rows)[:, None] & (out < M)[None, :])
 
 
 @triton.jit
@@ -74,9 +79,9 @@ def backward_kernel(
     dy_ptr, dother_ptr, x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, dx_ptr, dgate_ptr, part_ptr,
     rows, x_row, gate_row, eps,
     C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
-    HALVES: tl.constexpr
+    WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Gradients of x and gate, and the program's partial sums of those of matrices, scale and shift, in that order."""
+    """Gradients of x and gate, and the program's partial sums of those of matrix, scale and shift, in that order."""
     kind: tl.constexpr = dy_ptr.dtype.element_ty
     column = tl.arange(0, CP)
     out = tl.arange(0, MP)
@@ -84,22 +89,15 @@ def backward_kernel(
     shift = tl.load(shift_ptr + column, mask=column < C, other=0.0)
     matrix = _load_matrix(matrix_ptr, C, M, CP, MP)
     dmatrix = tl.zeros([MP, CP], tl.float32)
-    if HALVES:
-        second = _load_matrix(matrix_ptr + M * C, C, M, CP, MP)
-        dsecond = tl.zeros([MP, CP], tl.float32)
     dscale = tl.zeros([P, CP], tl.float32)
     dshift = tl.zeros([P, CP], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, P), tl.num_programs(0)):
         row = (block * P + tl.arange(0, P)).to(tl.int64)
         x, rstd, inside = _normalise(x_ptr, x_row, row, column, rows, eps, C)
         n = x * scale[None, :] + shift[None, :]
-        at = row[:, None] * M + out[None, :]
-        known = (row < rows)[:, None] & (out < M)[None, :]
-        dy = tl.load(dy_ptr + at, mask=known, other=0.0)
+        at = _cells(dy_ptr, dother_ptr, row, out, M, WIDTH)
+        dy = tl.load(at, mask=(row < rows)[:, None] & (out < M)[None, :], other=0.0)
         dz = _dot(dy, matrix, tl.zeros([P, CP], tl.float32), kind)
-        if HALVES:
-            dother = tl.load(dother_ptr + at, mask=known, other=0.0)
-            dz = _dot(dother, second, dz, kind)
         if GATED:
             gate = tl.load(gate_ptr + row[:, None] * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
             sigmoid = tl.sigmoid(gate)
@@ -109,31 +107,23 @@ def backward_kernel(
             n *= silu
             dz *= silu
         dmatrix = _dot(tl.trans(dy), n, dmatrix, kind)
-        if HALVES:
-            dsecond = _dot(tl.trans(dother), n, dsecond, kind)
         dscale += dz * x
         dshift += dz
         dx = dz * scale[None, :]
         dx -= (tl.sum(dx, axis=1) / C)[:, None] + x * (tl.sum(dx * x, axis=1) / C)[:, None]
         tl.store(dx_ptr + row[:, None] * C + column[None, :], dx * rstd[:, None], mask=inside)
-    ROWS: tl.constexpr = 2 * M if HALVES else M
-    part = part_ptr + tl.program_id(0) * ((ROWS + 2) * C)
-    cell = out[:, None] * C + column[None, :]
+    part = part_ptr + tl.program_id(0) * ((M + 2) * C)
     known = (out < M)[:, None] & (column < C)[None, :]
-    tl.store(part + cell, dmatrix, mask=known)
-    if HALVES:
-        tl.store(part + M * C + cell, dsecond, mask=known)
-    tl.store(part + ROWS * C + column, tl.sum(dscale, axis=0), mask=column < C)
-    tl.store(part + (ROWS + 1) * C + column, tl.sum(dshift, axis=0), mask=column < C)
+    tl.store(part + out[:, None] * C + column[None, :], dmatrix, mask=known)
+    tl.store(part + M * C + column, tl.sum(dscale, axis=0), mask=column < C)
+    tl.store(part + (M + 1) * C + column, tl.sum(dshift, axis=0), mask=column < C)
 
 
-def _constants(channels: int, outputs: int, gated: bool, halves: bool) -> dict[str, int]:
-    CP = max(16, triton.next_power_of_2(channels))  # what a tl.dot wants
-    rows = min(64, VALUES // max(CP, triton.next_power_of_2(outputs)))
-    warps = 8 if CP * triton.next_power_of_2(outputs) >= 2048 else 4
-    outputs = outputs // 2 if halves else outputs
-    sizes = {"C": channels, "M": outputs, "CP": CP, "MP": max(16, triton.next_power_of_2(outputs)), "P": rows}
-    return sizes | {"GATED": gated, "HALVES": halves, "num_warps": warps}
+def _constants(channels: int, outputs: int, gated: bool, pieces: int) -> dict[str, int]:
+    CP, MP = (max(16, triton.next_power_of_2(n)) for n in (channels, outputs))  # what a tl.dot wants
+    rows = min(64, VALUES // max(CP, MP))
+    sizes = {"C": channels, "M": outputs, "CP": CP, "MP": MP, "P": rows, "WIDTH": outputs // pieces}
+    return sizes | {"GATED": gated, "num_warps": 8 if CP * MP >= 2048 else 4}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -166,7 +156,7 @@ def norm_linear_forward(
     ys = tuple(x.new_empty(*x.shape[:-1], outputs // pieces, dtype=kind) for _ in range(pieces))
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
-    constants = _constants(channels, outputs, gate is not None, halves)
+    constants = _constants(channels, outputs, gate is not None, pieces)
     with torch.cuda.device_of(x):
         forward_kernel[(ceil_div(len(x), constants["P"]),)](
             x, gates, scale, shift, matrix, ys[0], ys[-1], len(x), x.stride(0), gates.stride(0), eps, **constants
@@ -187,7 +177,7 @@ def norm_linear_backward(
     dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
-    constants = _constants(channels, outputs, gate is not None, len(dys) == 2)
+    constants = _constants(channels, outputs, gate is not None, len(dys))
     programs = programs_at_once(x, PROGRAMS if constants["num_warps"] == 4 else 1)
     programs = min(programs, ceil_div(len(x), constants["P"]))
     parts = x.new_empty(programs, outputs + 2, channels, dtype=torch.float32)

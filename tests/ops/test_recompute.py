@@ -65,4 +65,5 @@ def test_on_a_gpu_less_is_kept():
 
     layer, x = SS2D(4).cuda(), torch.randn(2, 96, 128, 4, device="cuda")
     allocated(layer)
-    assert allocated(layer) < 0.7 * allocated(lambda x: layer._forward(x, None))
+    projected = x.numel() // 4 * layer.in_proj.out_features * 4  # bytes
+    assert allocated(layer) + projected <= allocated(lambda x: layer._forward(x, None))
