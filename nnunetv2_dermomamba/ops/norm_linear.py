@@ -26,7 +26,7 @@ def _forward(
 ) -> Tensor:
     from .triton_norm_linear import norm_linear_forward  # Triton need not be there for PyTorch's own
 
-    return norm_linear_forward(x, gate, scale, shift, eps, matrix, kind)[0]
+    return norm_linear_forward(x, gate, scale, shift, eps, matrix, kind)
 
 
 @_forward.register_fake
@@ -42,7 +42,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton_norm_linear import norm_linear_backward
 
-    dx, dgate, *rest = norm_linear_backward((dy,), x, gate, scale, shift, eps, matrix)
+    dx, dgate, *rest = norm_linear_backward(dy, x, gate, scale, shift, eps, matrix)
     return dx, x.new_empty(0) if dgate is None else dgate, *rest  # operators return tensors, not None
 
 
@@ -72,59 +72,6 @@ no_double_backward(_backward)
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-@torch.library.custom_op("dermomamba::norm_linear_halves", mutates_args=())
-def _halves(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    from .triton_norm_linear import norm_linear_forward
-
-    first, second = norm_linear_forward(x, None, scale, shift, eps, matrix, kind, halves=True)
-    return first, second
-
-
-@_halves.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:-1], matrix.shape[0] // 2)
-    return x.new_empty(shape, dtype=kind), x.new_empty(shape, dtype=kind)
-
-
-@torch.library.custom_op("dermomamba::norm_linear_halves_backward", mutates_args=())
-def _halves_backward(
-    dfirst: Tensor, dsecond: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .triton_norm_linear import norm_linear_backward
-
-    dx, _, *rest = norm_linear_backward((dfirst, dsecond), x, None, scale, shift, eps, matrix)
-    return dx, *rest
-
-
-@_halves_backward.register_fake
-def _(
-    dfirst: Tensor, dsecond: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dscale, dshift, dmatrix = (
-        torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x, scale, shift, matrix)
-    )
-    return dx, dscale, dshift, dmatrix
-
-
-def _setup_halves(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scale, shift, ctx.eps, matrix, _ = inputs
-    ctx.save_for_backward(x, scale, shift, matrix)
-
-
-def _halves_gradients(ctx: Any, dfirst: Tensor, dsecond: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, shift, matrix = ctx.saved_tensors
-    dx, dscale, dshift, dmatrix = _halves_backward(
-        dfirst.contiguous(), dsecond.contiguous(), x, scale, shift, ctx.eps, matrix
-    )
-    return dx, dscale, dshift, None, dmatrix, None
-
-
-no_double_backward(_halves_backward)
-_halves.register_autograd(_halves_gradients, setup_context=_setup_halves)
-
-
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor | None = None) -> Tensor:
     """``linear(norm(x))``, or ``linear(norm(x) * silu(gate))``.
 
@@ -138,7 +85,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
         (..., m), of autocast's type under autocast.
     """
     if _triton_serves(x, linear.weight):
-        return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, _result_type(x))
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind)
     if numba_infers(x):
         from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
@@ -148,7 +96,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
 
 
 def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, ...]:
-    """The two halves of ``linear(norm(x))``; where kernels serve each lies in memory by itself.
+    """The two halves of ``linear(norm(x))``; in inference on a CPU each lies in memory by itself.
 
     Args:
         x: (..., c).
@@ -158,17 +106,11 @@ def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tupl
     Returns:
         Two of (..., m).
     """
-    if _triton_serves(x, linear.weight):
-        return _halves(x, norm.weight, norm.bias, norm.eps, linear.weight, _result_type(x))
     if numba_infers(x):
         from .cpu_rows import norm_linear_cpu
 
         return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, None, 2).unbind()
     return norm_linear(x, norm, linear).chunk(2, dim=-1)
-
-
-def _result_type(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def _triton_serves(x: Tensor, matrix: Tensor) -> bool:

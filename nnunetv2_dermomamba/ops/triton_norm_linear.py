@@ -42,22 +42,11 @@ def _load_matrix(ptr, C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl
 
 
 @triton.jit
-def _cells(ptr, other_ptr, row, out, M: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a row's outputs are: all behind ``ptr``, or two pieces of WIDTH behind ``ptr`` and ``other_ptr``."""
-    if WIDTH == M:
-        return ptr + row[:, None] * M + out[None, :]
-    size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    apart = (other_ptr.to(tl.int64) - ptr.to(tl.int64)) // size
-    return ptr + (row[:, None] * WIDTH + (out % WIDTH)[None, :]) + ((out // WIDTH) * apart)[None, :]
-
-
-@triton.jit
 def forward_kernel(
-    x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, y_ptr, other_ptr, rows, x_row, gate_row, eps,
-    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
-    WIDTH: tl.constexpr
+    x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, y_ptr, rows, x_row, gate_row, eps,
+    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
-    """``y = matrix (norm(x) silu(gate))`` of ``P`` rows, in pieces of WIDTH."""
+    """``y = matrix (norm(x) silu(gate))`` of ``P`` rows."""
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     column = tl.arange(0, CP)
     out = tl.arange(0, MP)
@@ -70,16 +59,14 @@ def forward_kernel(
         z *= gate * tl.sigmoid(gate)
     matrix = tl.trans(_load_matrix(matrix_ptr, C, M, CP, MP))
     y = _dot(z, matrix, tl.zeros([P, MP], tl.float32), y_ptr.dtype.element_ty)
-    at = _cells(y_ptr, other_ptr, row, out, M, WIDTH)
-    tl.store(at, y, mask=(row < rows)[:, None] & (out < M)[None, :])
+    tl.store(y_ptr + row[:, None] * M + out[None, :], y, mask=(row < rows)[:, None] & (out < M)[None, :])
 
 
 @triton.jit
 def backward_kernel(
-    dy_ptr, dother_ptr, x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, dx_ptr, dgate_ptr, part_ptr,
+    dy_ptr, x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, dx_ptr, dgate_ptr, part_ptr,
     rows, x_row, gate_row, eps,
-    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
-    WIDTH: tl.constexpr
+    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
     """Gradients of x and gate, and the program's partial sums of those of matrix, scale and shift, in that order."""
     kind: tl.constexpr = dy_ptr.dtype.element_ty
@@ -95,7 +82,7 @@ def backward_kernel(
         row = (block * P + tl.arange(0, P)).to(tl.int64)
         x, rstd, inside = _normalise(x_ptr, x_row, row, column, rows, eps, C)
         n = x * scale[None, :] + shift[None, :]
-        at = _cells(dy_ptr, dother_ptr, row, out, M, WIDTH)
+        at = dy_ptr + row[:, None] * M + out[None, :]
         dy = tl.load(at, mask=(row < rows)[:, None] & (out < M)[None, :], other=0.0)
         dz = _dot(dy, matrix, tl.zeros([P, CP], tl.float32), kind)
         if GATED:
@@ -104,9 +91,10 @@ def backward_kernel(
             silu = gate * sigmoid
             dgate = dz * n * (sigmoid + silu * (1.0 - sigmoid))
             tl.store(dgate_ptr + row[:, None] * C + column[None, :], dgate, mask=inside)
-            n *= silu
+            dmatrix = _dot(tl.trans(dy), n * silu, dmatrix, kind)
             dz *= silu
-        dmatrix = _dot(tl.trans(dy), n, dmatrix, kind)
+        else:
+            dmatrix = _dot(tl.trans(dy), n, dmatrix, kind)
         dscale += dz * x
         dshift += dz
         dx = dz * scale[None, :]
@@ -119,11 +107,11 @@ def backward_kernel(
     tl.store(part + (M + 1) * C + column, tl.sum(dshift, axis=0), mask=column < C)
 
 
-def _constants(channels: int, outputs: int, gated: bool, pieces: int) -> dict[str, int]:
+def _constants(channels: int, outputs: int, gated: bool) -> dict[str, int]:
     CP, MP = (max(16, triton.next_power_of_2(n)) for n in (channels, outputs))  # what a tl.dot wants
     rows = min(64, VALUES // max(CP, MP))
-    sizes = {"C": channels, "M": outputs, "CP": CP, "MP": MP, "P": rows, "WIDTH": outputs // pieces}
-    return sizes | {"GATED": gated, "num_warps": 8 if CP * MP >= 2048 else 4}
+    warps = 8 if CP * MP >= 2048 else 4
+    return {"C": channels, "M": outputs, "CP": CP, "MP": MP, "P": rows, "GATED": gated, "num_warps": warps}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -133,9 +121,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def norm_linear_forward(
-    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype,
-    halves: bool = False
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
+) -> Tensor:
     """``matrix (norm(x) silu(gate))``.
 
     Args:
@@ -146,28 +133,26 @@ def norm_linear_forward(
         eps: of the LayerNorm.
         matrix: (m, c), float32, contiguous, m at most ``norm_linear.WIDEST_OUT``.
         kind: type of the result and of the factors of the product.
-        halves: whether the result is wanted as two, each in memory by itself; m is even.
 
     Returns:
-        (..., m), contiguous; or two of (..., m / 2).
+        (..., m), contiguous.
     """
     outputs, channels = matrix.shape
-    pieces = 2 if halves else 1
-    ys = tuple(x.new_empty(*x.shape[:-1], outputs // pieces, dtype=kind) for _ in range(pieces))
+    y = x.new_empty(*x.shape[:-1], outputs, dtype=kind)
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
-    constants = _constants(channels, outputs, gate is not None, pieces)
+    constants = _constants(channels, outputs, gate is not None)
     with torch.cuda.device_of(x):
         forward_kernel[(ceil_div(len(x), constants["P"]),)](
-            x, gates, scale, shift, matrix, ys[0], ys[-1], len(x), x.stride(0), gates.stride(0), eps, **constants
+            x, gates, scale, shift, matrix, y, len(x), x.stride(0), gates.stride(0), eps, **constants
         )
-    return ys
+    return y
 
 
 def norm_linear_backward(
-    dys: tuple[Tensor, ...], x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
+    dy: Tensor, x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of ``norm_linear_forward`` for contiguous ``dys``, one or two as that returned.
+    """Gradients of ``norm_linear_forward`` for contiguous ``dy`` (..., m).
 
     Returns:
         Of x and gate, of their types and contiguous; of scale, shift and matrix, in float32.
@@ -177,13 +162,13 @@ def norm_linear_backward(
     dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     x = _rows(x)
     gates = x if gate is None else _rows(gate)
-    constants = _constants(channels, outputs, gate is not None, len(dys))
+    constants = _constants(channels, outputs, gate is not None)
     programs = programs_at_once(x, PROGRAMS if constants["num_warps"] == 4 else 1)
     programs = min(programs, ceil_div(len(x), constants["P"]))
     parts = x.new_empty(programs, outputs + 2, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
-            dys[0], dys[-1], x, gates, scale, shift, matrix, dx, dx if dgate is None else dgate, parts,
+            dy, x, gates, scale, shift, matrix, dx, dx if dgate is None else dgate, parts,
             len(x), x.stride(0), gates.stride(0), eps, **constants
         )  # fmt: skip
     total = parts.sum(0)
