@@ -149,7 +149,9 @@ def test_opcheck(backend: str, device: str) -> None:
     torch.library.opcheck(getattr(torch.ops.dermomamba, f"{name}_scan_1d").default, (*tensors, True))
     if next(b for b in BACKENDS if b.name == backend).fused:
         tensors = [t.to(device, torch.float32).contiguous().requires_grad_() for t in case_2d(5).tensors]
-        torch.library.opcheck(getattr(torch.ops.dermomamba, f"{name}_scan_2d").default, tuple(tensors))
+        scan = getattr(torch.ops.dermomamba, f"{name}_scan_2d").default
+        torch.library.opcheck(scan, (*tensors, True))
+        torch.library.opcheck(scan, (*(t.detach() for t in tensors), False))  # without states
 
 
 def test_optional_arguments_may_be_absent() -> None:
