@@ -338,6 +338,14 @@ def current_commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
+def preprocessed_folder(parser: argparse.ArgumentParser) -> Path:
+    """Where nnU-Net's planned and preprocessed data are; says what to set where that is unknown."""
+    folder = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112
+    if not folder:
+        parser.error("set nnUNet_preprocessed to the folder of the planned and preprocessed data, as for nnU-Net")
+    return Path(folder).resolve()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = ["unet", "resenc", "paper", "dermomamba", "dermomamba-dice-ce", "unet-guide-fusion"]
@@ -359,7 +367,7 @@ def main() -> None:
     if arguments.device.startswith("cuda"):  # as nnUNetv2_train does
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
-    source = Path(os.environ["nnUNet_preprocessed"]).resolve()  # noqa: SIM112
+    source = preprocessed_folder(parser)
 
     start, longest, finished = time.perf_counter(), 0.0, []
     for run in plan(arguments, source):

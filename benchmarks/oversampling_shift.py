@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from pathlib import Path
 
 import numpy as np
-from accuracy import dataset_folder
+from accuracy import dataset_folder, preprocessed_folder
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -24,7 +22,7 @@ def main() -> None:
     parser.add_argument("-d", "--dataset", default="118", help="number or folder name")
     parser.add_argument("--plans", default="nnUNetPlans")
     arguments = parser.parse_args()
-    source = Path(os.environ["nnUNet_preprocessed"])  # noqa: SIM112
+    source = preprocessed_folder(parser)
     folder = source / dataset_folder(source, arguments.dataset)
     plans = PlansManager(json.loads((folder / f"{arguments.plans}.json").read_text()))
     labels = plans.get_label_manager(json.loads((folder / "dataset.json").read_text()))

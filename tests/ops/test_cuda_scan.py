@@ -14,7 +14,15 @@ from emulator import launch as emulated_launch
 from scan_checks import DEVICE, check, cotangent, in_float64, maps, sequences
 from tolerances import FORWARD, relative_error
 
-from nnunetv2_dermomamba.ops import cuda_block, cuda_scan_1d, cuda_scan_2d, nvrtc, selective_scan, selective_scan_2d
+from nnunetv2_dermomamba.ops import (
+    cuda_block,
+    cuda_depthwise,
+    cuda_scan_1d,
+    cuda_scan_2d,
+    nvrtc,
+    selective_scan,
+    selective_scan_2d,
+)
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
 from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 
@@ -249,9 +257,14 @@ def nvrtc_alone():
 @pytest.mark.skipif(nvrtc_alone() is None, reason="needs NVRTC, which comes with PyTorch for CUDA")
 @pytest.mark.parametrize("channels", [8, 128])
 def test_sources_compile_for_gpus_without_any_header(channels):
-    for files, more in ((cuda_scan_1d.FILES, "-DSOFTPLUS=1"), (cuda_scan_2d.FILES, "")):
+    scan = [f"-DD={channels}"]
+    for files, more in (
+        (cuda_scan_1d.FILES, [*scan, "-DSOFTPLUS=1"]),
+        (cuda_scan_2d.FILES, scan),
+        (cuda_depthwise.FILES, ["-DTILE=32"]),
+    ):
         for kind in range(3):
-            options = [f"-DD={channels}", f"-DINPUT={kind}", f"-DWHOLE={kind % 2}", "-std=c++17", *filter(None, [more])]
+            options = [f"-DINPUT={kind}", f"-DWHOLE={kind % 2}", "-std=c++17", *more]
             options.append(f"--gpu-architecture=sm_{(80, 90, 90)[kind]}")
             code = nvrtc.compile_source(nvrtc_alone(), nvrtc.read_sources(files), options)
             assert code[:4] == b"\x7fELF"
