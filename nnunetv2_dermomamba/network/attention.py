@@ -64,9 +64,10 @@ class CBAM(nn.Module):
 
     def _convolve(self, summary: Tensor) -> Tensor:
         """``spatial_conv``, in the way whose gradients are fastest; (B, 2, H, W) to (B, 1, H, W)."""
-        if summary.is_cuda and own_gpu_kernels(summary.dtype):  # a kernel for the maximum and one for the mean
-            taps = self.spatial_conv.weight.transpose(0, 1)
-            return depthwise(summary, taps, taps.new_zeros(2), 1).sum(1, keepdim=True)
+        if summary.is_cuda and summary.numel() and own_gpu_kernels(summary.dtype):
+            taps = self.spatial_conv.weight.transpose(0, 1)  # one kernel for the maximum, one for the mean, then added
+            convolved = depthwise(summary, taps, taps.new_zeros(2), 1)
+            return convolved[:, :1] + convolved[:, 1:]  # not sum(), which autocast makes float32
         if summary.device.type == "cpu":
             summary = summary.contiguous(memory_format=torch.channels_last)
         return self.spatial_conv(summary)

@@ -49,14 +49,17 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def taps_of(convolutions: Sequence[nn.Conv2d]) -> Tensor:
-    """Weights and biases of depthwise convolutions of c channels as (taps, c): a kernel's taps, its bias, the next."""
+    """Weights and biases of depthwise convolutions of c channels, (taps, c): a kernel's, its bias, the next one's.
+
+    In float32, as the kernels read them.
+    """
     rows = [m for conv in convolutions for m in (conv.weight.flatten(1).t(), conv.bias[None])]  # type: ignore[index]
-    return torch.cat(rows)
+    return torch.cat(rows).float()
 
 
 def axial_kernels_serve(x: Tensor, channels: int) -> bool:
     """Whether ``axial_depthwise`` can be asked for branches of so many channels of maps like ``x``."""
-    return x.is_cuda and channels % 4 == 0 and own_cuda_kernels(x.dtype)
+    return x.is_cuda and x.numel() > 0 and channels % 4 == 0 and own_cuda_kernels(x.dtype)
 
 
 def axial_depthwise(x: Tensor, branches: Sequence[Sequence[nn.Conv2d]]) -> Tensor:

@@ -86,7 +86,8 @@ def long_chunk_subs(length: int, segments: int, sequences: int) -> int:
     """As ``chunk_subs``, of a kernel that loses nothing by chunks twice as long, where there are many blocks."""
     subs = chunk_subs(length, segments, sequences)
     blocks = sequences * ceil_div(length, 2 * segments * subs * SUB)
-    return 2 * subs if subs == LONG and blocks >= 4 * FEW_BLOCKS else subs
+    is_one_chunk = length <= segments * subs * SUB
+    return 2 * subs if subs == LONG and blocks >= 4 * FEW_BLOCKS and not is_one_chunk else subs
 
 
 def max_shared(like: Tensor) -> int:

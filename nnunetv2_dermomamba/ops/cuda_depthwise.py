@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import nvrtc
-from .cuda_block import INPUTS, ceil_div
+from .cuda_block import INPUTS, ceil_div, max_shared
 from .nvrtc import launch
 
 FILES = ("four.cuh", "input.cuh", "tile.cuh", "depthwise.cu")
@@ -46,12 +46,8 @@ def _backward_bytes(tile: int, size: int) -> int:
 
 
 def _tile(size: int, side: int, limit: int) -> int:
-    """Side of a block's tile for values of ``size`` bytes, a map's longer side and a block's shared memory."""
+    """Side of a block's tile, in all kernels, for values of ``size`` bytes, a map's longer side and ``limit`` bytes."""
     return 32 if side > 16 and _backward_bytes(32, size) <= limit else 16
-
-
-def _limit() -> int:
-    return nvrtc.max_shared(torch.cuda.current_device())
 
 
 class Plan:
@@ -60,7 +56,7 @@ class Plan:
     def __init__(self, x: Tensor, branches: int, taps: int) -> None:
         self.batch, height, width, channels = x.shape
         self.channels = channels // branches
-        self.tile = _tile(x.element_size(), max(height, width), _limit())
+        self.tile = _tile(x.element_size(), max(height, width), max_shared(x))
         self.parts = self.batch * ceil_div(height, self.tile) * ceil_div(width, self.tile)
         self.grid = self.parts * branches * (self.channels // QUAD)
         quads = (_quads_axial if branches > 1 else _quads_silu)(self.tile)
@@ -76,7 +72,7 @@ class Plan:
 
 def fits(kind: torch.dtype) -> bool:
     """Whether the current device's shared memory holds the planes of maps of this type."""
-    return _backward_bytes(16, kind.itemsize) <= _limit()
+    return _backward_bytes(16, kind.itemsize) <= nvrtc.max_shared(torch.cuda.current_device())
 
 
 def _pitched(x: Tensor) -> tuple[Tensor, int]:
@@ -87,8 +83,8 @@ def _pitched(x: Tensor) -> tuple[Tensor, int]:
     dense = x.stride() == (height * width * pitch, width * pitch, pitch, 1)
     if not dense or pitch % QUAD or x.data_ptr() % size:
         x = x.contiguous()
-        x = x if x.data_ptr() % size == 0 else x.clone()
-    return x, x.stride(2)
+        return x if x.data_ptr() % size == 0 else x.clone(), x.shape[3]  # the stride of one column may be anything
+    return x, pitch
 
 
 def axial_forward(x: Tensor, weights: Tensor) -> Tensor:

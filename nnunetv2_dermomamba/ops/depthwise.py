@@ -67,7 +67,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 def _kernels_serve(x: Tensor) -> bool:
     """On a CPU the operator is for its gradient, and half precision is PyTorch's."""
     if x.is_cuda:
-        return own_gpu_kernels(x.dtype)
+        return x.numel() > 0 and own_gpu_kernels(x.dtype)
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype in (torch.float32, torch.float64) and choose_backend("cpu", x.dtype) == "numba"

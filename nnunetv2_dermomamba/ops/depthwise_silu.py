@@ -60,7 +60,7 @@ def depthwise_silu(x: Tensor, conv: DepthwiseConv2d) -> Tensor:
     Returns:
         (B, H, W, c), of autocast's type under autocast.
     """
-    if x.is_cuda and x.shape[-1] % 4 == 0 and own_cuda_kernels(x.dtype):
+    if x.is_cuda and x.numel() > 0 and x.shape[-1] % 4 == 0 and own_cuda_kernels(x.dtype):
         if torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))
         return _forward(x, taps_of([conv]))

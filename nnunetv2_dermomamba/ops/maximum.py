@@ -12,7 +12,7 @@ from .backends import own_gpu_kernels
 
 @torch.library.custom_op("dermomamba::maximum", mutates_args=())
 def _forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    if x.is_cuda and own_gpu_kernels(x.dtype):
+    if x.is_cuda and x.numel() and own_gpu_kernels(x.dtype):
         from .triton_maximum import maximum_along  # Triton need not be there otherwise
 
         return maximum_along(x.contiguous(), dim)
@@ -58,11 +58,12 @@ def maximum(x: Tensor, dim: int) -> Tensor:
 
     Args:
         x: any shape and floating-point type.
-        dim: axis that is reduced, not negative.
+        dim: axis that is reduced.
 
     Returns:
-        ``x``'s shape without ``dim``, ``x``'s type.
+        ``x``'s shape without ``dim``, ``x``'s type. On a GPU, where a gradient is wanted, NaN is passed over.
     """
+    dim %= x.ndim
     if torch.is_grad_enabled() and x.requires_grad:
         return _forward(x, dim)[0]
     return x.amax(dim)

@@ -14,6 +14,7 @@ from nnunetv2_dermomamba.ops.cuda_block import LONG, chunk_subs, long_chunk_subs
         (192 * 256, 8, 6, LONG // 2, LONG // 2),  # few blocks
         (24 * 32, 1, 384, LONG, LONG),
         (12 * 16, 1, 384, 12, 12),  # one chunk
+        (128, 1, 2048, LONG, LONG),  # one chunk
         (1, 8, 1, 1, 1),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.network.cross_scale import CrossScaleMambaBlock
-from nnunetv2_dermomamba.ops import cuda_depthwise
+from nnunetv2_dermomamba.ops import cuda_depthwise, nvrtc
 from nnunetv2_dermomamba.ops.cuda_depthwise import axial_backward, axial_forward, silu_backward, silu_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,7 +34,7 @@ def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(cuda_depthwise, "launch", partial(emulated_launch, libraries))
-        monkeypatch.setattr(cuda_depthwise, "_limit", lambda: SHARED_BYTES)
+        monkeypatch.setattr(cuda_depthwise, "max_shared", lambda like: SHARED_BYTES)
         monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
     yield
     torch.use_deterministic_algorithms(False)
@@ -117,11 +117,20 @@ def test_some_channels_of_wider_maps(case):
     x = draw(2, 9, 7, branches * 4 + 4)[..., 4:]
     check(kernels, reference, x, weights_of(branches, taps, 4))
     check(kernels, reference, draw(2, 7, 9, branches * 4).transpose(1, 2), weights_of(branches, taps, 4))
+    check(kernels, reference, draw(2, 1, 9, branches * 4).transpose(1, 2), weights_of(branches, taps, 4))  # one column
+    check(kernels, reference, draw(3, branches * 4, 1, 1).permute(0, 2, 3, 1), weights_of(branches, taps, 4))
+
+
+def allow(monkeypatch, kilobytes):
+    """Shared memory of a block on some GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nvrtc, "max_shared", lambda device: kilobytes * 1024)
+    monkeypatch.setattr(cuda_depthwise, "max_shared", lambda like: kilobytes * 1024)
 
 
 @pytest.mark.parametrize(("kilobytes", "tile"), [(227, 32), (99, 16)])
 def test_tiles_are_as_large_as_shared_memory_allows(monkeypatch, kilobytes, tile):
-    monkeypatch.setattr(cuda_depthwise, "_limit", lambda: kilobytes * 1024)
+    allow(monkeypatch, kilobytes)
     assert all(cuda_depthwise.fits(kind) for kind in cuda_depthwise.INPUTS)
     plan = cuda_depthwise.Plan(torch.empty(1, 40, 40, 12, dtype=torch.float16), 3, cuda_depthwise.AXIAL_TAPS)
     assert plan.tile == tile
@@ -129,7 +138,7 @@ def test_tiles_are_as_large_as_shared_memory_allows(monkeypatch, kilobytes, tile
 
 
 def test_too_little_shared_memory_is_noticed(monkeypatch):
-    monkeypatch.setattr(cuda_depthwise, "_limit", lambda: 48 * 1024)
+    allow(monkeypatch, 48)
     assert not any(cuda_depthwise.fits(kind) for kind in cuda_depthwise.INPUTS)
 
 

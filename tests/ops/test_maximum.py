@@ -14,7 +14,7 @@ def draw(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("dim", [1, 2, 3, -1])
 def test_equals_pytorchs_own(dim):
     x, other = draw(), draw()
     result, expected = maximum(x, dim), other.max(dim).values

@@ -1,7 +1,7 @@
 // Depthwise convolutions of channels-last maps, several in one kernel: what passes between them stays in shared memory.
 //
 // A block makes a tile of results of four channels. Planes hold what the tile's results depend on, 0 outside the map,
-// and are rounded to the map's type, as PyTorch would round every convolution's result.
+// and are rounded to the map's type, as PyTorch would round an axial convolution's result.
 
 extern __shared__ float shared[];
 

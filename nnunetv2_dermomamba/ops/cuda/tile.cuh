@@ -33,7 +33,7 @@ __device__ __forceinline__ Four add4(const Four& a, const Four& b) {
     return sum;
 }
 
-// A map of quads in memory: (height, width) of a batch of maps, ``pitch`` channels from position to position.
+// Of a batch of maps (batch, height, width, channels), channels last.
 struct Sizes {
     int height, width, channels;
 
@@ -119,7 +119,7 @@ __device__ __forceinline__ void weight_gradient(const G& gradient, const V& valu
 
 // Which tile, batch and channels are a block's: blocks of the same positions are neighbours, since they share lines.
 struct Work {
-    int batch, tile, branch, channel, top, left;
+    int batch, branch, channel, top, left;
 
     __device__ __forceinline__ Work(const Sizes& map, int branches) {
         const int quads = map.channels / 4, across = (map.width + TILE - 1) / TILE;
@@ -129,7 +129,7 @@ struct Work {
         index /= quads;
         branch = index % branches;
         index /= branches;
-        tile = index % tiles;
+        const int tile = index % tiles;
         batch = index / tiles;
         top = tile / across * TILE;
         left = tile % across * TILE;

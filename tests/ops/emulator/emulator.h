@@ -1,5 +1,5 @@
-// CUDA on the CPU, for tests: a block's threads are fibers that take turns where they wait for each other, one block
-// after the other. Shared memory starts as NaN, so that what nobody wrote shows.
+// CUDA on the CPU, for tests: a block's threads are fibers. A warp goes on alone until all its threads wait for other
+// warps, so that it overtakes them where a barrier is missing. One block comes after the other. Shared memory starts as NaN, so that what nobody wrote shows.
 #pragma once
 #include <ucontext.h>
 
@@ -44,8 +44,10 @@ static int current;
 static Barrier block_barrier, warp_barriers[32];
 static float exchange[32][32][6];  // warp, lane, value
 static std::function<void()> kernel;
+static long progress;  // barriers reached and threads done
 
 static void wait(Barrier& barrier, int count) {
+    ++progress;
     const int generation = barrier.generation;
     if (++barrier.arrived == count) {
         barrier.arrived = 0;
@@ -108,6 +110,7 @@ static void emulated_multiply(float (&c)[4], const float (&a)[4], const float (&
 static void run_fiber() {
     kernel();
     fibers[current].done = true;
+    ++progress;
     swapcontext(&fibers[current].context, &scheduler);
 }
 
@@ -130,16 +133,24 @@ bool run_grid(int blocks, int threads, int shared_floats, F call) {
             fiber.done = false;
             makecontext(&fiber.context, run_fiber, 0);
         }
-        int turn = 0;
-        for (bool busy = true; busy; ++turn) {
+        const int warps = (threads + 31) / 32;
+        // Warps and lanes alternately first to last and last to first: who relies on an order is found out.
+        int round = 0, pass = 0;
+        for (bool busy = true; busy; ++round) {
             busy = false;
-            for (int i = 0; i < threads; ++i) {
-                const int t = turn % 2 ? threads - 1 - i : i;  // who relies on an order is found out
-                if (fibers[t].done) continue;
-                busy = true;
-                current = t;
-                threadIdx.x = t;
-                swapcontext(&scheduler, &fibers[t].context);
+            for (int i = 0; i < warps; ++i) {
+                const int first = (round % 2 ? warps - 1 - i : i) * 32, lanes = min(32, threads - first);
+                for (long before = -1; before != progress; ++pass) {
+                    before = progress;
+                    for (int lane = 0; lane < lanes; ++lane) {
+                        const int t = first + (pass % 2 ? lanes - 1 - lane : lane);
+                        if (fibers[t].done) continue;
+                        busy = true;
+                        current = t;
+                        threadIdx.x = t;
+                        swapcontext(&scheduler, &fibers[t].context);
+                    }
+                }
             }
         }
         for (int at = shared_floats; at < SHARED_FLOATS; ++at)
