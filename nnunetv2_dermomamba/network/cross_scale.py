@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_dermomamba.ops.axial_depthwise import axial_depthwise, axial_kernels_serve
+from nnunetv2_dermomamba.ops.axial_depthwise import axial_depthwise
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
+from nnunetv2_dermomamba.ops.fused_depthwise import kernels_serve
 
 from .ss2d import VSSBlock
 
@@ -55,7 +56,7 @@ class CrossScaleMambaBlock(nn.Module):
         """The three branches as one batch, channels last."""
         chunks = x.chunk(4, dim=1)[:3]
         convolutions = [[branch.conv_w, branch.conv_h, branch.conv] for branch in self.branches]
-        if axial_kernels_serve(x, chunks[0].shape[1]):
+        if kernels_serve(x, chunks[0].shape[1]):
             return axial_depthwise(x.permute(0, 2, 3, 1)[..., : 3 * chunks[0].shape[1]], convolutions)
         if numba_infers(x):
             from nnunetv2_dermomamba.ops import cpu_depthwise  # Numba need not be there otherwise

@@ -51,15 +51,15 @@ def _tile(size: int, side: int, limit: int) -> int:
 
 
 class Plan:
-    """Sizes of one call for ``x`` (batch, height, width, ...), of which ``branches`` times ``channels`` are read."""
+    """Sizes of one call for a map (batch, height, width, branches channels) and weights (branches, taps, channels)."""
 
-    def __init__(self, x: Tensor, branches: int, taps: int) -> None:
-        self.batch, height, width, channels = x.shape
-        self.channels = channels // branches
+    def __init__(self, x: Tensor, weights: Tensor) -> None:
+        self.batch, height, width, _ = x.shape
+        self.branches, (taps, self.channels) = weights.shape[:-2].numel(), weights.shape[-2:]
         self.tile = _tile(x.element_size(), max(height, width), max_shared(x))
         self.parts = self.batch * ceil_div(height, self.tile) * ceil_div(width, self.tile)
-        self.grid = self.parts * branches * (self.channels // QUAD)
-        quads = (_quads_axial if branches > 1 else _quads_silu)(self.tile)
+        self.grid = self.parts * self.branches * (self.channels // QUAD)
+        quads = (_quads_axial if self.branches > 1 else _quads_silu)(self.tile)
         self.shared = [_bytes(q, taps, x.element_size(), i == 1) for i, q in enumerate(quads)]
         self.definitions = {"TILE": self.tile, "INPUT": INPUTS[x.dtype]}
         self.sizes = Sizes(height, width, self.channels)
@@ -67,7 +67,9 @@ class Plan:
     def launch(self, name: str, *arguments: Tensor | int) -> None:
         """Launch a kernel."""
         shared = self.shared[name.endswith("backward")]
-        launch(FILES, self.definitions, name, self.grid, THREADS, shared, *arguments, self.sizes)
+        batches = [self.batch] if self.branches > 1 else []  # which branches' maps lie behind each other
+        *tensors, pitch = arguments
+        launch(FILES, self.definitions, name, self.grid, THREADS, shared, *tensors, *batches, pitch, self.sizes)
 
 
 def fits(kind: torch.dtype) -> bool:
@@ -87,6 +89,26 @@ def _pitched(x: Tensor) -> tuple[Tensor, int]:
     return x, pitch
 
 
+def _forward(kernel: str, x: Tensor, weights: Tensor) -> Tensor:
+    plan = Plan(x, weights)
+    y = x.new_empty(plan.branches * plan.batch, *x.shape[1:3], plan.channels)
+    x, pitch = _pitched(x)
+    with torch.cuda.device_of(x):
+        plan.launch(f"{kernel}_forward", x, weights.contiguous(), y, pitch)
+    return y
+
+
+def _backward(kernel: str, dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    plan = Plan(x, weights)
+    dx = x.new_empty(x.shape)
+    sums = weights.new_empty(plan.parts, *weights.shape)
+    x, pitch = _pitched(x)
+    with torch.cuda.device_of(x):
+        dy, _ = _pitched(dy.contiguous())
+        plan.launch(f"{kernel}_backward", dy, x, weights.contiguous(), dx, sums, pitch)
+        return dx, sums.sum(0)
+
+
 def axial_forward(x: Tensor, weights: Tensor) -> Tensor:
     """``x + dw3x3(dw7x1(dw1x7(x)))`` of three branches with dilations 1, 2 and 3, and "same" padding.
 
@@ -97,24 +119,12 @@ def axial_forward(x: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (3 B, H, W, c) of ``x``'s type, contiguous.
     """
-    plan = Plan(x, 3, AXIAL_TAPS)
-    y = x.new_empty(3 * plan.batch, *x.shape[1:3], plan.channels)
-    x, pitch = _pitched(x)
-    with torch.cuda.device_of(x):
-        plan.launch("axial_forward", x, weights.contiguous(), y, plan.batch, pitch)
-    return y
+    return _forward("axial", x, weights)
 
 
 def axial_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``axial_forward`` with respect to x, contiguous and of its type, and the weights."""
-    plan = Plan(x, 3, AXIAL_TAPS)
-    dx = x.new_empty(x.shape)
-    sums = weights.new_empty(plan.parts, *weights.shape)
-    x, pitch = _pitched(x)
-    with torch.cuda.device_of(x):
-        dy, _ = _pitched(dy.contiguous())
-        plan.launch("axial_backward", dy, x, weights.contiguous(), dx, sums, plan.batch, pitch)
-        return dx, sums.sum(0)
+    return _backward("axial", dy, x, weights)
 
 
 def silu_forward(x: Tensor, weights: Tensor) -> Tensor:
@@ -127,21 +137,9 @@ def silu_forward(x: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (B, H, W, c) of ``x``'s type, contiguous.
     """
-    plan = Plan(x, 1, SILU_TAPS)
-    y = x.new_empty(x.shape)
-    x, pitch = _pitched(x)
-    with torch.cuda.device_of(x):
-        plan.launch("silu_forward", x, weights.contiguous(), y, pitch)
-    return y
+    return _forward("silu", x, weights)
 
 
 def silu_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``silu_forward`` with respect to x, contiguous and of its type, and the weights."""
-    plan = Plan(x, 1, SILU_TAPS)
-    dx = x.new_empty(x.shape)
-    sums = weights.new_empty(plan.parts, *weights.shape)
-    x, pitch = _pitched(x)
-    with torch.cuda.device_of(x):
-        dy, _ = _pitched(dy.contiguous())
-        plan.launch("silu_backward", dy, x, weights.contiguous(), dx, sums, pitch)
-        return dx, sums.sum(0)
+    return _backward("silu", dy, x, weights)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .backends import choose_backend, own_gpu_kernels
 from .cpu_inference import numba_infers
-from .library import no_double_backward
+from .library import as_autocast, no_double_backward
 
 
 @torch.library.custom_op("dermomamba::depthwise", mutates_args=())
@@ -85,9 +85,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     Returns:
         (B, C, H, W) in ``x``'s order in memory, of autocast's type under autocast.
     """
-    if torch.is_autocast_enabled("cuda"):
-        x = x.to(torch.get_autocast_dtype("cuda"))
-    return _forward(x, weight.contiguous(), bias, dilation)
+    return _forward(as_autocast(x), weight.contiguous(), bias, dilation)
 
 
 class DepthwiseConv2d(nn.Conv2d):

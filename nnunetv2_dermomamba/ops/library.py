@@ -30,6 +30,11 @@ def no_double_backward(op: Any) -> None:
     op.register_autograd(backward)
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` in autocast's type for CUDA where that is on: operators of this package are none that autocast knows."""
+    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
+
+
 def _accumulation_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

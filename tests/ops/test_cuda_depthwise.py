@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.network.cross_scale import CrossScaleMambaBlock
-from nnunetv2_dermomamba.ops import cuda_depthwise, nvrtc
+from nnunetv2_dermomamba.ops import axial_depthwise, cuda_depthwise, depthwise_silu, nvrtc  # noqa: F401
 from nnunetv2_dermomamba.ops.cuda_depthwise import axial_backward, axial_forward, silu_backward, silu_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +132,8 @@ def allow(monkeypatch, kilobytes):
 def test_tiles_are_as_large_as_shared_memory_allows(monkeypatch, kilobytes, tile):
     allow(monkeypatch, kilobytes)
     assert all(cuda_depthwise.fits(kind) for kind in cuda_depthwise.INPUTS)
-    plan = cuda_depthwise.Plan(torch.empty(1, 40, 40, 12, dtype=torch.float16), 3, cuda_depthwise.AXIAL_TAPS)
+    weights = torch.empty(3, cuda_depthwise.AXIAL_TAPS, 4)
+    plan = cuda_depthwise.Plan(torch.empty(1, 40, 40, 12, dtype=torch.float16), weights)
     assert plan.tile == tile
     assert max(plan.shared) <= kilobytes * 1024
 
@@ -142,7 +143,6 @@ def test_too_little_shared_memory_is_noticed(monkeypatch):
     assert not any(cuda_depthwise.fits(kind) for kind in cuda_depthwise.INPUTS)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["axial_depthwise", "depthwise_silu"])
 def test_is_a_proper_operator(name):
     branches, taps = (3, cuda_depthwise.AXIAL_TAPS) if name == "axial_depthwise" else (1, cuda_depthwise.SILU_TAPS)
