@@ -298,13 +298,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int q = 0; q < SUB / STEPS; ++q) {
             for (int r = 0; r < CHANNELS; ++r)
                 write4(before + (q * CHANNELS + r) * THREADS * STATES, *reinterpret_cast<Four*>(h[r]));
-            if (q < SUB / STEPS - 1) walk_states<STEPS>(lane, mine, mine + D * ROW, mine + (DY + D) * ROW, q * STEPS, A2, h);
+            if (q < SUB / STEPS - 1) walk_states(lane, mine, mine + D * ROW, mine + (DY + D) * ROW, q * STEPS, A2, h);
         }
 #pragma unroll 1
         for (int q = SUB / STEPS - 1; q >= 0; --q) {
             for (int r = 0; r < CHANNELS; ++r)
                 *reinterpret_cast<Four*>(h[r]) = read4(before + (q * CHANNELS + r) * THREADS * STATES);
-            walk_back<STEPS>(lane, mine, mine + D * ROW, mine + DY * ROW, mine + (DY + D) * ROW, mine + (DY + D + N) * ROW, dm,
+            walk_back(lane, mine, mine + D * ROW, mine + DY * ROW, mine + (DY + D) * ROW, mine + (DY + D + N) * ROW, dm,
                       dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
         }
         group_sync();

@@ -354,25 +354,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
 }
 
-// What the backward pass starts from: a thread's states before every run of sub-blocks, as (blocks, 2 directions, runs,
-// CHANNELS, THREADS, STATES), for blocks as of forward_2d and backward_2d.
-constexpr int RUN = D == 8 ? 1 : 2;  // sub-blocks; states of longer runs leave shared memory for fewer blocks
-__device__ __forceinline__ int runs_of(const Map& map) { return (map.subs + RUN - 1) / RUN; }
-constexpr int TILE_ROW = THREADS * STATES;  // from a thread's states of a channel to those of its next
-__device__ __forceinline__ long long kept_at(const Map& map, int reverse, int run) {
-    const long long tile = ((long long)blockIdx.x * 2 + reverse) * runs_of(map) + run;
-    return tile * CHANNELS * TILE_ROW + threadIdx.x * STATES;
-}
-
-__device__ __forceinline__ void keep_states(float* to, const Tile& h) {
-    for (int r = 0; r < CHANNELS; ++r) write4(to + r * TILE_ROW, states_of(h[r]));
-}
-
-__device__ __forceinline__ void take_states(const float* from, Tile& h) {
-    for (int r = 0; r < CHANNELS; ++r) {
-        const Four states = read4(from + r * TILE_ROW);
-        for (int j = 0; j < STATES; ++j) h[r][j] = states.at[j];
-    }
+// What the backward pass starts from: a thread's states before every second sub-block, as (blocks, 2 directions, pairs
+// of sub-blocks, CHANNELS, THREADS, STATES), for blocks as of forward_2d and backward_2d.
+__device__ __forceinline__ long long kept_at(const Map& map, int reverse, int pair, int r) {
+    const int pairs = (map.subs + 1) / 2;
+    const long long tile = ((long long)blockIdx.x * 2 + reverse) * pairs + pair;
+    return ((tile * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
 }
 
 // y of the row-major paths, and of the column-major ones behind it: (2, batch, height, width, d). Without ``kept``, no
@@ -406,7 +393,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
         __syncthreads();
 #pragma unroll 1
         for (int sub = 0; sub < map.subs; ++sub) {
-            if (kept && sub % RUN == 0) keep_states(kept + kept_at(map, reverse, sub / RUN), h);
+            if (kept && sub % 2 == 0)
+                for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, reverse, sub / 2, r), states_of(h[r]));
             in.place(share, shared, ROWS, U);
             const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
             cursor.move(path, false);
@@ -439,9 +427,6 @@ struct WeightSums {
     float rows[3][COLUMN_TILES][4] = {};
     float lift[4] = {};
 };
-
-// Positions walked back at once, half of STEPS: so that a processor has registers for three blocks of 128 threads.
-constexpr int BACK = 2;
 
 // What follows a sub-block's walk back: gradients of dt, of x and of the weights from those of delta, w, B and C.
 __device__ __forceinline__ void products_back(const Map& map, const float* weights, float* shared, WeightSums& sums) {
@@ -511,7 +496,7 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
 
 // dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...), those of a path of
 // (batch, span) by the block of the same positions.
-extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
+extern "C" __global__ void __launch_bounds__(THREADS)
     backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
                 const float* A, const float* skip, const float* kept, const float* adjoints, float* dx,
                 float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
@@ -521,8 +506,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
     const Lane lane;
     const MapShare share;
     float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
-    // States every STEPS positions of a run but its first ones, which are kept.
-    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;
+    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of two sub-blocks
     float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
     const int part = threadIdx.x % GROUP / 32;
     float* dm = rows + (IN_PLACE ? B_ROW : SUMS + part * 2 * N) * ROW;
@@ -543,23 +527,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
         __syncthreads();
         stage_weights(x_proj, dt_projs, skip, map, direction, weights);
         __syncthreads();
-        // A run is walked forward, its states kept, and then back; its last sub-block's rows serve both walks.
-        Cursor cursor(share, path, map, span, RUN * (runs_of(map) - 1));
+        // Two sub-blocks are walked forward, their states kept, and then back; the second one's rows serve both walks.
+        const int pairs = (map.subs + 1) / 2;
+        Cursor cursor(share, path, map, span, 2 * (pairs - 1));
         LoadedMap<Input> in;
         LoadedMap<float> out;
         in.read(x, share, path, cursor, map.d);
         out.read(dy, share, path, cursor, map.d);
-        int run = runs_of(map) - 1, step = 0;
+        int pair = pairs - 1, step = 0;
 #pragma unroll 1
-        while (run >= 0) {
-            const int count = min(RUN, map.subs - RUN * run), second = count == 2 && step == 1;
+        while (pair >= 0) {
+            const int count = min(2, map.subs - 2 * pair), second = count == 2 && step == 1;
             const bool forth = step < count, back = step >= count - 1, last = step == 2 * count - 2;
-            const int sub = RUN * run + second;
+            const int sub = 2 * pair + second;
+            float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
             in.place(share, shared, BACKWARD_ROWS, U);
             if (back) out.place(share, shared, BACKWARD_ROWS, DY);
             const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
             cursor.move(path, last || step == 1);
-            if (last && RUN == 2) cursor.move(path, true);
+            if (last) cursor.move(path, true);
             if (!back) {
                 in.read(x, share, path, cursor, map.d);
                 out.read(dy, share, path, cursor, map.d);
@@ -569,15 +555,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
             group_sync();
             make_steps<true>(mine, path, map, sub, weights, shared);
             group_sync();
-            if (step == 0) take_states(kept + kept_at(map, reverse, run), h);
+            if (step == 0)
+                for (int r = 0; r < CHANNELS; ++r) {
+                    const Four from = read4(kept + kept_at(map, reverse, pair, r));
+                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
+                }
             if (forth) {
 #pragma unroll
                 for (int q = 0; q < SUB / STEPS; ++q) {
-                    const int index = second * (SUB / STEPS) + q;
-                    if (index) keep_states(before + (index - 1) * CHANNELS * TILE_ROW, h);
+                    for (int r = 0; r < CHANNELS; ++r)
+                        write4(entered + (q * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
                     if (q < SUB / STEPS - 1 || !back)
-                        walk_states<STEPS>(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2,
-                                           h);
+                        walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
                 }
             }
             if (!back) {
@@ -593,21 +582,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
             group_sync();  // before dy is written over
 #pragma unroll 1
             for (int q = SUB / STEPS - 1; q >= 0; --q) {
-                const int index = second * (SUB / STEPS) + q;
-                if (index)
-                    take_states(before + (index - 1) * CHANNELS * TILE_ROW, h);
-                else
-                    take_states(kept + kept_at(map, reverse, run), h);
-                const auto back_from = [&](const Tile& states, int at) {
-                    walk_back<BACK>(lane, rows + DELTA * ROW, rows + W * ROW, rows + DY * ROW, rows + B_ROW * ROW,
-                                    rows + C_ROW * ROW, dm, dm + N * ROW, at, A2, states, g, sum_dA);
-                };
-                Tile middle;
-                for (int r = 0; r < CHANNELS; ++r)
-                    for (int j = 0; j < STATES; ++j) middle[r][j] = h[r][j];
-                walk_states<BACK>(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, middle);
-                back_from(middle, q * STEPS + BACK);
-                back_from(h, q * STEPS);
+                for (int r = 0; r < CHANNELS; ++r) {
+                    const Four from = read4(entered + (q * CHANNELS + r) * THREADS * STATES);
+                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
+                }
+                walk_back(lane, rows + DELTA * ROW, rows + W * ROW, rows + DY * ROW, rows + B_ROW * ROW,
+                          rows + C_ROW * ROW, dm, dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
             }
             group_sync();
             // Gradients of the pre-activations over w, those of x that bypass the projections over delta.
@@ -643,7 +623,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
                 }
             }
             in.read(x, share, path, cursor, map.d);
-            if (!last || RUN == 1) out.read(dy, share, path, cursor, map.d);
+            if (!last) out.read(dy, share, path, cursor, map.d);
             group_sync();
             products_back(map, weights, shared, sums);
             group_sync();
@@ -657,7 +637,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : 3)
                 write_map(dx, position[i], channel, map.d, sum);
             }
             group_sync();
-            run -= last;
+            pair -= last;
             step = last ? 0 : step + 1;
         }
 

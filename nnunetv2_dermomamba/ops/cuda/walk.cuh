@@ -81,22 +81,6 @@ struct Lane {
 
 typedef float Tile[CHANNELS][STATES];
 
-// Adjacent positions of a row, read and written at once.
-template <int COUNT>
-struct alignas(4 * COUNT) Steps {
-    float at[COUNT];
-};
-
-template <int COUNT>
-__device__ __forceinline__ Steps<COUNT> read_steps(const float* p) {
-    return *reinterpret_cast<const Steps<COUNT>*>(p);
-}
-
-template <int COUNT>
-__device__ __forceinline__ void write_steps(float* p, const Steps<COUNT>& v) {
-    *reinterpret_cast<Steps<COUNT>*>(p) = v;
-}
-
 __device__ __forceinline__ Four states_of(const float (&row)[STATES]) { return Four{row[0], row[1], row[2], row[3]}; }
 
 // Floats of a segment's rows: neighbours half the banks apart.
@@ -193,52 +177,49 @@ __device__ __forceinline__ void walk_output(const Lane& lane, const float* delta
     }
 }
 
-// COUNT steps from h without results.
-template <int COUNT>
+// STEPS steps from h without results.
 __device__ __forceinline__ void walk_states(const Lane& lane, const float* delta, const float* w, const float* B,
                                             int at, const Tile& A2, Tile& h) {
-    Steps<COUNT> step[CHANNELS], value[CHANNELS], b[STATES];
+    Four step[CHANNELS], value[CHANNELS], b[STATES];
     for (int r = 0; r < CHANNELS; ++r) {
-        step[r] = read_steps<COUNT>(delta + lane.channel[r] * ROW + at);
-        value[r] = read_steps<COUNT>(w + lane.channel[r] * ROW + at);
+        step[r] = read4(delta + lane.channel[r] * ROW + at);
+        value[r] = read4(w + lane.channel[r] * ROW + at);
     }
-    for (int j = 0; j < STATES; ++j) b[j] = read_steps<COUNT>(B + lane.state[j] * ROW + at);
-    for (int t = 0; t < COUNT; ++t)
+    for (int j = 0; j < STATES; ++j) b[j] = read4(B + lane.state[j] * ROW + at);
+    for (int t = 0; t < STEPS; ++t)
         for (int r = 0; r < CHANNELS; ++r)
             for (int j = 0; j < STATES; ++j)
                 h[r][j] = fmaf(exp2_fast(step[r].at[t] * A2[r][j]), h[r][j], value[r].at[t] * b[j].at[t]);
 }
 
-// COUNT steps back: from the states h before them and the adjoint g behind them to the adjoint before them. Their
-// states, decays and sums are in registers: 237 a thread for four steps, 168 for two.
+// STEPS steps back: from the states h before them and the adjoint g behind them to the adjoint before them.
 //
 // Writes the gradient of w over w, that of delta through the decays over dy, and those of B and C, summed over the
 // channels of a warp, to dB and dC, which may be B and C themselves where a segment is within one warp.
-template <int COUNT>
 __device__ __forceinline__ void walk_back(const Lane& lane, const float* delta, float* w, float* dy, const float* B,
                                           const float* C, float* dB, float* dC, int at, const Tile& A2, const Tile& h0,
                                           Tile& g, Tile& dA) {
-    Steps<COUNT> step[CHANNELS], value[CHANNELS], b[STATES];
+    Four step[CHANNELS], value[CHANNELS], b[STATES];
     for (int r = 0; r < CHANNELS; ++r) {
-        step[r] = read_steps<COUNT>(delta + lane.channel[r] * ROW + at);
-        value[r] = read_steps<COUNT>(w + lane.channel[r] * ROW + at);
+        step[r] = read4(delta + lane.channel[r] * ROW + at);
+        value[r] = read4(w + lane.channel[r] * ROW + at);
     }
-    for (int j = 0; j < STATES; ++j) b[j] = read_steps<COUNT>(B + lane.state[j] * ROW + at);
-    float h[COUNT + 1][CHANNELS][STATES], decay[COUNT][CHANNELS][STATES];
+    for (int j = 0; j < STATES; ++j) b[j] = read4(B + lane.state[j] * ROW + at);
+    float h[STEPS + 1][CHANNELS][STATES], decay[STEPS][CHANNELS][STATES];
     for (int r = 0; r < CHANNELS; ++r)
         for (int j = 0; j < STATES; ++j) h[0][r][j] = h0[r][j];
-    for (int t = 0; t < COUNT; ++t)
+    for (int t = 0; t < STEPS; ++t)
         for (int r = 0; r < CHANNELS; ++r)
             for (int j = 0; j < STATES; ++j) {
                 decay[t][r][j] = exp2_fast(step[r].at[t] * A2[r][j]);
                 h[t + 1][r][j] = fmaf(decay[t][r][j], h[t][r][j], value[r].at[t] * b[j].at[t]);
             }
-    Steps<COUNT> out[CHANNELS], c[STATES];
-    for (int r = 0; r < CHANNELS; ++r) out[r] = read_steps<COUNT>(dy + lane.channel[r] * ROW + at);
-    for (int j = 0; j < STATES; ++j) c[j] = read_steps<COUNT>(C + lane.state[j] * ROW + at);
-    float dw[CHANNELS][COUNT] = {}, ddecay[CHANNELS][COUNT] = {}, db[STATES][COUNT] = {}, dc[STATES][COUNT] = {};
-    for (int i = 0; i < COUNT; ++i) {
-        const int t = COUNT - 1 - i;
+    Four out[CHANNELS], c[STATES];
+    for (int r = 0; r < CHANNELS; ++r) out[r] = read4(dy + lane.channel[r] * ROW + at);
+    for (int j = 0; j < STATES; ++j) c[j] = read4(C + lane.state[j] * ROW + at);
+    float dw[CHANNELS][STEPS] = {}, ddecay[CHANNELS][STEPS] = {}, db[STATES][STEPS] = {}, dc[STATES][STEPS] = {};
+    for (int i = 0; i < STEPS; ++i) {
+        const int t = STEPS - 1 - i;
         for (int r = 0; r < CHANNELS; ++r)
             for (int j = 0; j < STATES; ++j) {
                 const float adjoint = fmaf(c[j].at[t], out[r].at[t], g[r][j]);
@@ -252,17 +233,17 @@ __device__ __forceinline__ void walk_back(const Lane& lane, const float* delta, 
             }
     }
     // Sums over states: a lane keeps slot 0 of its channels, and one of the two quantities.
-    Steps<COUNT> kept;
-    for (int t = 0; t < COUNT; ++t) {
+    Four kept;
+    for (int t = 0; t < STEPS; ++t) {
         dw[0][t] += across(dw[1][t], 1);
         ddecay[0][t] = (ddecay[0][t] + across(ddecay[1][t], 1)) * LN2;
         const float sent = choose(lane.odd, dw[0][t], ddecay[0][t]);
         kept.at[t] = choose(lane.odd, ddecay[0][t], dw[0][t]) + across(sent, 2);
     }
     __syncwarp();  // every lane has read what is written over
-    write_steps(w + (lane.odd & (unsigned)(dy - w)) + lane.channel[0] * ROW + at, kept);
+    write4(w + (lane.odd & (unsigned)(dy - w)) + lane.channel[0] * ROW + at, kept);
     // Sums over a warp's channels: a lane keeps slots 0 and 1 of its states, then slot 0, then one of the two.
-    for (int t = 0; t < COUNT; ++t) {
+    for (int t = 0; t < STEPS; ++t) {
         for (int j = 0; j < 2; ++j) {
             db[j][t] += across(db[j + 2][t], 8);
             dc[j][t] += across(dc[j + 2][t], 8);
@@ -270,20 +251,20 @@ __device__ __forceinline__ void walk_back(const Lane& lane, const float* delta, 
         db[0][t] += across(db[1][t], 4);
         dc[0][t] += across(dc[1][t], 4);
     }
-    Steps<COUNT> db0, dc0;
-    for (int t = 0; t < COUNT; ++t) {
+    Four db0, dc0;
+    for (int t = 0; t < STEPS; ++t) {
         db0.at[t] = db[0][t];
         dc0.at[t] = dc[0][t];
     }
     if (D == 8) {
-        write_steps(dB + lane.state[0] * ROW + at, db0);
-        write_steps(dC + lane.state[0] * ROW + at, dc0);
+        write4(dB + lane.state[0] * ROW + at, db0);
+        write4(dC + lane.state[0] * ROW + at, dc0);
     } else {
-        for (int t = 0; t < COUNT; ++t) {
+        for (int t = 0; t < STEPS; ++t) {
             const float sent = choose(lane.third, db0.at[t], dc0.at[t]);
             kept.at[t] = choose(lane.third, dc0.at[t], db0.at[t]) + across(sent, 16);
         }
-        write_steps(dB + (lane.third & (unsigned)(dC - dB)) + lane.state[0] * ROW + at, kept);
+        write4(dB + (lane.third & (unsigned)(dC - dB)) + lane.state[0] * ROW + at, kept);
     }
 }
 
