@@ -52,7 +52,7 @@ SETTINGS = {
     "attention-scalar": replace(DERMOMAMBA, trainer_changes={"attention": "scalar"}),
     "ema": replace(DERMOMAMBA, trainer_changes={"ema_decay": 0.999}),
     "colour-jitter": replace(DERMOMAMBA, colour_jitter=True),
-    "whole-images": replace(DERMOMAMBA, trainer_changes={"oversample_foreground_percent": 0.0}),
+    "foreground-oversampled": replace(DERMOMAMBA, trainer_changes={"oversample_foreground_percent": 0.33}),
     "image-dice": replace(DERMOMAMBA, plan_changes={"batch_dice": False}),
     # What may be wrong with stock nnU-Net on these images: docs/accuracy.md.
     "unet-whole-images": replace(UNET, trainer_changes={"oversample_foreground_percent": 0.0}),

@@ -84,6 +84,7 @@ def plans() -> dict:
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 6,
         "patch_size": list(PATCH_SIZE),
+        "median_image_size_in_voxels": [float(side) for side in PATCH_SIZE],
         "spacing": [1.0, 1.0],
         "normalization_schemes": ["RGBTo01Normalization"] * 3,
         "use_mask_for_norm": [False] * 3,

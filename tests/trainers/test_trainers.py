@@ -44,6 +44,16 @@ def test_all_are_listed() -> None:
     assert set(trainers.__all__) == set(EPOCHS)
 
 
+@pytest.mark.usefixtures("preprocessed")
+@pytest.mark.parametrize(("larger", "share"), [((1, 1), 0.0), ((1, 2), 0.33), ((2, 1), 0.33), ((0.9, 0.9), 0.0)])
+def test_lesions_are_oversampled_only_where_a_patch_is_part_of_an_image(plans, dataset_json, larger, share) -> None:
+    configuration = plans["configurations"]["2d"]
+    sizes = zip(configuration["patch_size"], larger, strict=True)
+    configuration["median_image_size_in_voxels"] = [side * factor for side, factor in sizes]
+    trainer = trainers.nnUNetTrainerDermoMamba(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    assert trainer.oversample_foreground_percent == share
+
+
 @pytest.mark.parametrize(
     ("name", "labels"),
     [
