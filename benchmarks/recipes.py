@@ -54,6 +54,7 @@ SETTINGS = {
     "colour-jitter": replace(DERMOMAMBA, colour_jitter=True),
     "foreground-oversampled": replace(DERMOMAMBA, trainer_changes={"oversample_foreground_percent": 0.33}),
     "image-dice": replace(DERMOMAMBA, plan_changes={"batch_dice": False}),
+    "dice-ce-image-dice": Setting("nnUNetTrainerDermoMambaDiceCE", plan_changes={"batch_dice": False}),
     # What may be wrong with stock nnU-Net on these images: docs/accuracy.md.
     "unet-whole-images": replace(UNET, trainer_changes={"oversample_foreground_percent": 0.0}),
     "unet-image-dice": replace(UNET, plan_changes={"batch_dice": False}),
