@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
+from triton_interpreter import interpreted
 
 from nnunetv2_dermomamba.loss import distance, distance_to_opposite
 
@@ -150,6 +151,7 @@ for shape in [(1, 1, 1), (1, 1, 33), (2, 17, 1), (2, 5, 9), (1, 18, 70)]:
 """
 
 
+@interpreted
 def test_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -6,12 +6,14 @@ import pytest
 import torch
 from tolerances import FORWARD, GRADIENT, relative_error
 from torch.nn import functional as F
+from triton_interpreter import interpreted_without_gpu
 
 pytest.importorskip("triton")
 
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.triton_depthwise import depthwise_backward, depthwise_forward
 
+pytestmark = interpreted_without_gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = {
     "channels first": lambda x: x,

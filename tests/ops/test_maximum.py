@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton_interpreter import interpreted_without_gpu
 
 from nnunetv2_dermomamba.ops.maximum import maximum
 
@@ -43,6 +44,7 @@ def test_is_a_proper_operator(dtype, dim):
     torch.library.opcheck(torch.ops.dermomamba.maximum.default, (draw(dtype), dim))
 
 
+@interpreted_without_gpu
 @pytest.mark.parametrize(
     ("shape", "dim"),
     [((3, 700, 5), 1), ((2, 9000, 70), 1), ((1, 1, 3), 1), ((5, 33), 1), ((2, 3, 5, 16), 3), ((7, 512), 1)],

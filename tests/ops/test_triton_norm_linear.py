@@ -7,12 +7,14 @@ import torch
 from tolerances import FORWARD, GRADIENT, relative_error
 from torch import nn
 from torch.nn import functional as F
+from triton_interpreter import interpreted_without_gpu
 
 pytest.importorskip("triton")
 
 from nnunetv2_dermomamba.ops.norm_linear import norm_linear
 from nnunetv2_dermomamba.ops.triton_norm_linear import norm_linear_backward, norm_linear_forward
 
+pytestmark = interpreted_without_gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6
 SHAPES = [((3, 5, 7, 4), 16), ((1, 130, 8), 4), ((2, 3, 12), 6), ((40, 32), 128), ((1, 1, 6), 24), ((19, 64), 256)]

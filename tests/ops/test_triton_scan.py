@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from scan_checks import DEVICE, check, cotangent, in_float64, maps, sequences
+from triton_interpreter import interpreted_without_gpu
 
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -14,6 +15,7 @@ from nnunetv2_dermomamba.ops import triton_common, triton_scan, triton_scan_2d, 
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
 from nnunetv2_dermomamba.ops.naive import selective_scan_naive
 
+pytestmark = interpreted_without_gpu
 T, SUB = (triton_common.CHUNK, triton_common.SUB) if DEVICE.type == "cuda" else (16, 8)
 ROWS_T = triton_scan_2d_rows.SHORT_CHUNK if DEVICE.type == "cuda" else 16
 
