@@ -104,10 +104,10 @@ def test_starts_again_where_the_server_knows_no_ranges(server, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == DATA
 
 
-@pytest.mark.parametrize("part", [DATA, DATA + b"more"])
-def test_a_part_as_long_as_the_file_or_longer(server, tmp_path, part):
+@pytest.mark.parametrize("more", [b"", b"more"])
+def test_a_part_as_long_as_the_file_or_longer(server, tmp_path, more):
     server.files["a.zip"] = DATA
-    (tmp_path / "a.zip.part").write_bytes(part)
+    (tmp_path / "a.zip.part").write_bytes(DATA + more)
     download(server.address + "a.zip", tmp_path / "a.zip")
     assert (tmp_path / "a.zip").read_bytes() == DATA
 
