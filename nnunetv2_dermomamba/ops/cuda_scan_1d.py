@@ -22,6 +22,8 @@ from .cuda_block import (
 from .nvrtc import launch
 
 FILES = ("four.cuh", "walk.cuh", "input.cuh", "scan_1d.cu")
+COMBINING_WARPS, CHUNKS_A_WARP = 16, 32
+"""Of a block that combines summaries, at most; of a warp at once: ``AHEAD`` in ``walk.cuh``."""
 
 
 class Sizes(ctypes.Structure):
@@ -88,8 +90,9 @@ def combine(
     """
     chunks, rows = state.shape[-3:-1]
     count = state.numel() // chunks
+    threads = 32 * min(COMBINING_WARPS, ceil_div(chunks, CHUNKS_A_WARP))
     launch(
-        files, definitions, "combine", ceil_div(count, 128), 128, 0,
+        files, definitions, "combine", ceil_div(count, 32), threads, 8 * threads,
         state, total, A, rows, chunks, A.shape[1], directions, int(reversed_), count,
     )  # fmt: skip
 

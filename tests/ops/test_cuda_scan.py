@@ -106,8 +106,10 @@ def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
 
 
 @emulated
-def test_more_chunks_than_are_combined_at_once(monkeypatch):
+@pytest.mark.parametrize("warps", [1, 2, 16])
+def test_more_chunks_than_a_warp_combines_at_once(monkeypatch, warps):
     monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 512)
+    monkeypatch.setattr(cuda_scan_1d, "COMBINING_WARPS", warps)
     assert cuda_scan_1d.Plan(torch.empty(2, 24, 1100), 3, 16, True).chunks > 64
     check_1d(sequences(2, 24, 1100, 3, 16))
 

@@ -272,31 +272,51 @@ __device__ __forceinline__ void walk_back(const Lane& lane, const float* delta, 
 //
 // state: (batch, chunks, rows, N); total, sums of step sizes: (batch, chunks, rows); A: (directions, rows, states), a
 // sequence's being that of its number modulo ``directions``.
-// A thread is a state of a row; it loads AHEAD chunks before it walks them.
-extern "C" __global__ void combine(float* state, const float* total, const float* A, int rows, int chunks, int states,
-                                   int directions, int reversed, int count) {
-    const int index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= count) return;
+// A block has 32 states of rows. Each of its warps has AHEAD chunks of a round, all loaded at once; what enters its first
+// follows from what the warps before it hand on.
+extern "C" __global__ void __launch_bounds__(512)
+    combine(float* state, const float* total, const float* A, int rows, int chunks, int states, int directions,
+            int reversed, int count) {
+    extern __shared__ float shared[];
     constexpr int AHEAD = 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const bool exists = blockIdx.x * 32 + lane < count;
+    const int index = exists ? blockIdx.x * 32 + lane : count - 1;
     const int batch = index / (rows * N), cell = index % (rows * N), row = cell / N, n = cell % N;
     const float A2 = n < states ? A[(batch % directions * rows + row) * states + n] * LOG2E : 0.0f;
-    float carried = 0.0f;
-    for (int first = 0; first < chunks; first += AHEAD) {
-        float reached[AHEAD], decay[AHEAD];
+    float *states_of_warps = shared, *decays_of_warps = shared + blockDim.x;
+    float enters = 0.0f;  // a round
+    for (int round = 0; round < chunks; round += warps * AHEAD) {
+        const int first = round + warp * AHEAD;
+        const auto chunk_at = [&](int i) {
+            const int at = min(first + i, chunks - 1);
+            return (long long)batch * chunks + (reversed ? chunks - 1 - at : at);
+        };
+        float reached[AHEAD], decay[AHEAD], carried = 0.0f, through = 1.0f;
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int at = min(first + i, chunks - 1);
-            const long long chunk = (long long)batch * chunks + (reversed ? chunks - 1 - at : at);
-            reached[i] = state[chunk * rows * N + cell];
-            decay[i] = exp2_fast(total[chunk * rows + row] * A2);
+            reached[i] = state[chunk_at(i) * rows * N + cell];
+            decay[i] = exp2_fast(total[chunk_at(i) * rows + row] * A2);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (first + i < chunks) {
-                const long long chunk = (long long)batch * chunks + (reversed ? chunks - 1 - first - i : first + i);
-                state[chunk * rows * N + cell] = carried;
                 carried = fmaf(decay[i], carried, reached[i]);
+                through *= decay[i];
             }
         }
+        states_of_warps[threadIdx.x] = carried;
+        decays_of_warps[threadIdx.x] = through;
+        __syncthreads();  // also: every warp has loaded the last chunk before one writes it
+        for (int w = 0; w < warps; ++w) {
+            if (w == warp) carried = enters;
+            enters = fmaf(decays_of_warps[w * 32 + lane], enters, states_of_warps[w * 32 + lane]);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (exists && first + i < chunks) state[chunk_at(i) * rows * N + cell] = carried;
+            carried = fmaf(decay[i], carried, reached[i]);
+        }
+        __syncthreads();
     }
 }
