@@ -24,7 +24,7 @@ def _triton() -> ModuleType:
     except ImportError as error:
         raise RuntimeError(
             "the CUDA kernels of the selective scan are not made for so many states or channels, or for this GPU, and "
-            "Triton cannot be imported; set DERMOMAMBA_BACKEND=torch"
+            f"Triton's cannot be imported ({error}); set DERMOMAMBA_BACKEND=torch"
         ) from error
     return triton_scan
 

@@ -96,8 +96,8 @@ def twin(logits, target, *, attention, regions, ignore_label, batch_dice):
             continue
         weights = []
         for k in range(classes):
-            guide = attention_of_image(masks[i, k].numpy(), valid.numpy())
-            mean = guide[valid.numpy()].astype(np.float64).mean()
+            guide = attention_of_image(masks[i, k].numpy(), valid.numpy()).astype(np.float64)
+            mean = guide[valid.numpy()].mean()
             means[i, k] = mean
             uniform = attention == "scalar" or mean == 0
             weights.append(np.ones(guide.shape) if uniform else guide / mean)

@@ -1,5 +1,6 @@
 """The Triton kernels against the step-by-step scan in float64: compiled where CUDA is, interpreted elsewhere."""
 
+import importlib
 import os
 
 import pytest
@@ -9,7 +10,7 @@ from triton_interpreter import interpreted_without_gpu
 
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.3")
 
 from nnunetv2_dermomamba.ops import triton_common, triton_scan, triton_scan_2d, triton_scan_2d_rows
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
@@ -226,3 +227,9 @@ def test_2d_in_a_cuda_graph(d):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, expected)
+
+
+def test_an_old_triton_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    with pytest.raises(ImportError, match=r"PyTorch 2\.7"):
+        importlib.reload(triton_scan)
