@@ -10,7 +10,7 @@ from triton_interpreter import interpreted_without_gpu
 
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-triton = pytest.importorskip("triton", minversion="3.3")
+pytest.importorskip("triton", minversion="3.3")
 
 from nnunetv2_dermomamba.ops import triton_common, triton_scan, triton_scan_2d, triton_scan_2d_rows
 from nnunetv2_dermomamba.ops.composed import selective_scan_2d_composed
@@ -230,6 +230,6 @@ def test_2d_in_a_cuda_graph(d):
 
 
 def test_an_old_triton_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    monkeypatch.setattr("triton.__version__", "3.2.0")
     with pytest.raises(ImportError, match=r"PyTorch 2\.7"):
         importlib.reload(triton_scan)
