@@ -1,4 +1,4 @@
-"""The Triton backend of the selective scan: one import for the dispatcher. Needs Triton 3.3, CUDA or the interpreter."""
+"""The Triton backend of the selective scan: one import for the dispatcher. Needs Triton 3.3, CUDA or interpreted."""
 
 import triton
 
