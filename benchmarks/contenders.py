@@ -176,15 +176,6 @@ def cpu_table(batch: int, steps: dict[str, Callable[[], object]], rounds: int) -
     print(f"batch {batch:3} ratio {wall:.2f}, of CPU time {cpu:.2f}; {rounds} rounds, load {load:.1f}", flush=True)
 
 
-def peak_gib(step: Callable[[], object]) -> float:
-    """GPU memory allocated at most during one call."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def resident_mib() -> float:
     """Largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -102,21 +102,19 @@ def table(device: torch.device, batches: list[int], compiled: bool) -> None:
             cpu_table(batch, {name: build(batch, device, compiled) for name, build in steps.items()}, 8)
         return
     print(f"{'batch':>5} {'DermoMamba ms':>14} {'PlainConvUNet ms':>17} {'ratio':>6}", end="")
-    print(f" {'GiB':>6} {'GiB':>6} {'ratio':>6}  first call s" if device.type == "cuda" else "")
+    print(f" {'GiB':>6} {'GiB':>6} {'ratio':>6}  first call s")
     for batch in batches:
         times, memory, first = [], [], []
         for build in (dermomamba_step, unet_step):
             torch.compiler.reset()
             step = build(batch, device, compiled)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             float(step())
             first.append(time.perf_counter() - start)
             times.append(median_ms(step, device))
-            if device.type == "cuda":
-                # of all steps, the graph's capture among them: what a graph keeps does not count as allocated later
-                memory.append(torch.cuda.max_memory_allocated() / 2**30)
+            # of all steps, the graph's capture among them: what a graph keeps does not count as allocated later
+            memory.append(torch.cuda.max_memory_allocated() / 2**30)
             del step
             gc.collect()
             torch.cuda.empty_cache()

@@ -31,6 +31,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 DATASET, TRAINER = "Dataset118_ISIC2018", "nnUNetTrainerDermoMamba_demo"
 TRAINING, HELD_OUT = 40, 8
+FOLDS = 5  # of nnU-Net's cross-validation: as many training pairs at least
 SEED = 118
 SIZE = "96x128"  # a quarter of the default's pixels: two CPU cores train on it in two minutes
 
@@ -103,6 +104,8 @@ def sample_real_pairs(archive: Path, source: Path) -> None:
         pairs = [case for case in find_isic2018(archive).cases if case.mask is not None]
     except ConversionError as error:
         sys.exit(str(error))
+    if len(pairs) < HELD_OUT + FOLDS:
+        sys.exit(f"{archive}: {len(pairs)} image-mask pairs are too few for the demo, which needs {HELD_OUT + FOLDS}")
     chosen = random.Random(SEED).sample(pairs, min(len(pairs), TRAINING + HELD_OUT))
     for subset, cases in (("Test", chosen[:HELD_OUT]), ("Training", chosen[HELD_OUT:])):
         for kind, paths in (("1-2_{}_Input", [c.image for c in cases]), ("1_{}_GroundTruth", [c.mask for c in cases])):

@@ -11,7 +11,13 @@ from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.cost import count_cost
 from nnunetv2_dermomamba.info import trained_model, versions
 from nnunetv2_dermomamba.network import DermoMamba
-from nnunetv2_dermomamba.ops import BACKENDS, ENVIRONMENT_VARIABLE
+from nnunetv2_dermomamba.ops import BACKENDS, ENVIRONMENT_VARIABLE, backends
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch):
+    """As a command starts: no backend has been announced."""
+    monkeypatch.setattr(backends, "_ANNOUNCED", set())
 
 
 def test_text_and_json(capsys):

@@ -109,7 +109,7 @@ class ResidentDataLoader:
 
         Args:
             start: (n,) of the chosen slice in the segmentations, in pixels.
-            channel_start: (n,) by how much further the image of the case starts, having more channels.
+            channel_start: (n,) what is added to ``start`` for the case's image, in pixels: images have more channels.
             pixels: (n,) in one channel of the case.
             corner: (n, 2) row and column of the patch's first pixel in the slice; may lie outside.
             size: (n, 2) height and width of the slice.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from nnunetv2_dermomamba.conversion.resample import MAX_SIDE
 __all__ = ["DatasetKind", "run", "size"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+FOLDS = 5  # nnU-Net's
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,12 @@ def _convert(kind: DatasetKind, options: argparse.Namespace) -> None:
     print(f"Data set: {folder}")
     if problems:
         print(f"{len(problems)} bad cases were left out; they are listed in {folder / SKIPPED_FILE}")
+    training = json.loads((folder / "dataset.json").read_text())["numTraining"]
+    if training < FOLDS:
+        print(
+            f"Note: nnU-Net's {FOLDS} folds need {FOLDS} training cases, and here are {training}: add images, or train "
+            f"on all, without validation: nnUNetv2_train {options.dataset_id} 2d all"
+        )
     print(f"Next: nnUNetv2_plan_and_preprocess -d {options.dataset_id} -c 2d --verify_dataset_integrity")
 
 

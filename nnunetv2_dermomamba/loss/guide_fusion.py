@@ -212,7 +212,8 @@ class GuideFusionLoss(nn.Module):
     """:func:`guide_fusion_loss` as nnU-Net's trainers call a loss: ``loss(net_output, target)``.
 
     Attributes:
-        parts: the two summands of the last call, detached and left on their device, for the log; None before it.
+        parts: the two summands of the last call with gradients, detached and left on their device, for the log; None
+            before it.
 
     Args:
         attention: ``"pixel"`` or ``"scalar"`` (the released arithmetic).
@@ -255,5 +256,7 @@ class GuideFusionLoss(nn.Module):
             ddp=self.ddp,
             smooth=self.smooth,
         )
-        self.parts = GuideFusionParts(*(part.detach() for part in parts))
+        if torch.is_grad_enabled():
+            # not in validation: a training step that is a CUDA graph goes on writing to those of its capture
+            self.parts = GuideFusionParts(*(part.detach() for part in parts))
         return parts.cross_entropy + parts.attention_dice

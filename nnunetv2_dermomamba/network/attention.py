@@ -47,7 +47,7 @@ class CBAM(nn.Module):
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Whose product is the result: training on a GPU ``x`` and both gates, so that no product need be kept.
+        """Tensors whose product is the result: training on a GPU ``x`` and both gates, so that no product need be kept.
 
         The spatial gate comes first there, or a compiler would find the product with the other one and keep that.
         Elsewhere, where time counts, that product is a factor: it has been computed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -127,7 +128,7 @@ def choose_backend(device: str, dtype: torch.dtype, requested: str | None = None
     if name not in LOADED:
         LOADED[name] = _load(next(b for b in BACKENDS if b.name == name))
     if device not in _ANNOUNCED and requested is None:
-        print(describe_choice(device, dtype))
+        print(describe_choice(device, dtype), file=sys.stderr)  # standard output may be a program's JSON
     return name
 
 
@@ -151,7 +152,8 @@ def own_cuda_kernels(dtype: torch.dtype) -> bool:
 def describe_choice(device: str, dtype: torch.dtype = torch.float32) -> str:
     """One line for logs: the backend that serves this device, and why the ones before it do not.
 
-    Who calls this says it; otherwise the first scan on a device prints it.
+    The device then counts as announced: the caller prints or logs the line. Without such a call the first scan on a
+    device prints it to standard error.
     """
     _ANNOUNCED.add(device)
     name = choose_backend(device, dtype)

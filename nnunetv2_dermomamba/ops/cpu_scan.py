@@ -127,7 +127,7 @@ def scan_2d_forward(
     Ds: Tensor,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Four-direction scan; arguments as ``naive.selective_scan_2d_naive``, and whether states are wanted.
+    """Four-direction scan; arguments as ``composed.selective_scan_2d_composed``, and whether states are wanted.
 
     Returns:
         y (B, H, W, d) and the states at the chunk starts, or none, float32 (float64 for float64 input).

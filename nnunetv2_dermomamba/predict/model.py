@@ -105,7 +105,7 @@ class _Files(Protocol):
 
 
 class _Folder:
-    """The files of a model in a folder or up to three levels below."""
+    """The files of a model in a folder or up to two levels below."""
 
     def __init__(self, root: Path):
         self.root = root

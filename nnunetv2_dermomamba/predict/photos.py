@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import re
@@ -110,7 +111,7 @@ def _until_magic(parts: tuple[str, ...]) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # as Windows's editors write it
     separated = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(line) for line in separated if line.strip()]
 

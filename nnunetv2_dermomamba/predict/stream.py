@@ -99,6 +99,7 @@ def predict_photos(
             report.skipped += 1
         else:
             todo.append(photo)
+            entries.pop(photo.name, None)  # what was made of the file as it was
     progress(report.skipped)
     with closing(Journal(outputs.folder / JOURNAL_FILE, settings, entries)) as journal:
         _stream(predictor, todo, outputs, journal, report, progress)

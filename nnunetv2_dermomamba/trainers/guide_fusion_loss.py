@@ -18,7 +18,8 @@ from .interruptible import InterruptibleMixin
 class GuideFusionLossMixin(nnUNetTrainer):
     """Replaces a trainer's loss by the Guide Fusion Loss, inside nnU-Net's deep supervision where that is on.
 
-    The means of its two parts go to the log after every epoch; with deep supervision, those of the coarsest scale.
+    The means of its two parts go to the log after every epoch; with deep supervision, those of the coarsest scale that
+    has a weight.
 
     Attributes:
         attention: ``"pixel"`` draws borders better than nnU-Net's own loss does, ``"scalar"``, the arithmetic released

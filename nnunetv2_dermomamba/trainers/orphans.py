@@ -26,7 +26,7 @@ def end_forks_with_parent() -> None:
 class EndsWithParent:
     """Does the same for the spawned processes that get it: under several GPUs, nnU-Net's workers are spawned.
 
-    Part of something that a process is sent to work with, such as its data set, it acts as it arrives.
+    Attach it to an object that is pickled for a worker, such as its data set: it acts when it is unpickled there.
     """
 
     def __reduce__(self) -> tuple:

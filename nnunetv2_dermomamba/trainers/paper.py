@@ -17,7 +17,7 @@ from .optimization import PlateauScheduler
 
 BATCH_SIZE = 4
 ROTATION = math.radians(15)
-ITERATIONS = 519  # a pass over the 2 075 images that the released code trains on
+ITERATIONS = 519  # a pass over the 2 074 images that the released code trains on
 STALLED_EPOCHS = 5
 
 

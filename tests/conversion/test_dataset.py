@@ -79,7 +79,9 @@ def test_skip_bad_lists_them_in_a_file(isic, raw, capsys):
     ]
     assert os.listdir(raw / NAME / "imagesTr") == ["good_0000.png"]
     assert json.loads((raw / NAME / "dataset.json").read_text())["numTraining"] == 1
-    assert "7 bad cases were left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "7 bad cases were left out" in printed
+    assert "2d all" in printed  # one case has no folds
 
 
 def test_nothing_good_left(isic, raw, capsys):

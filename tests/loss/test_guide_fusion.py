@@ -322,6 +322,16 @@ def test_module_keeps_its_parts():
     assert not loss.state_dict()
 
 
+def test_validation_leaves_the_parts_of_training():
+    loss = GuideFusionLoss("pixel", batch_dice=True)
+    target, logits = make_target(2, False, None), make_logits(2)
+    loss(logits, target)
+    parts = loss.parts
+    with torch.no_grad():
+        loss(2 * logits, target)
+    assert loss.parts is parts
+
+
 def test_target_may_be_float():
     target, logits = make_target(3, False, IGNORE), make_logits(3)
     for case in (CASES[2], CASES[10]):

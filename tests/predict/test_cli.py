@@ -105,6 +105,15 @@ def test_resume_makes_only_what_is_missing_or_changed(photos, unet, tmp_path, ca
     assert len(list(out.rglob("*_overlay.jpg"))) == 3
 
 
+def test_resume_forgets_the_figures_of_a_photograph_that_fails_now(photos, unet, tmp_path):
+    out = tmp_path / "out"
+    predict(photos, out, unet, "--csv")
+    (photos / "a.png").write_bytes(b"damaged")
+    assert predict(photos, out, unet, "--csv", "--resume") == 1
+    assert "a.png" in (out / "failed.txt").read_text()
+    assert "a.png" not in (out / "predictions.csv").read_text()
+
+
 def test_results_of_another_model_are_not_resumed(photos, unet, model, tmp_path, capsys):
     predict(photos, tmp_path / "out", unet)
     before = tree(tmp_path / "out")

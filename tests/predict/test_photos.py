@@ -67,11 +67,11 @@ def test_a_glob_keeps_the_folders_below_its_fixed_part(tmp_path):
     assert named(photos, tmp_path) == {"p1/a.jpg": "p1/a", "p2/a.jpg": "p2/a"}
 
 
-@pytest.mark.parametrize("separator", ["\n", "\r\n", "\0"])
-def test_a_list_names_files(tmp_path, separator):
+@pytest.mark.parametrize(("separator", "encoding"), [("\n", "utf-8"), ("\r\n", "utf-8-sig"), ("\0", "utf-8")])
+def test_a_list_names_files(tmp_path, separator, encoding):
     touch(tmp_path, "p1/a.jpg", "p2/a b.jpg")
     listed = ["p1/a.jpg", str(tmp_path / "p2" / "a b.jpg"), "p2/missing.jpg"]
-    (tmp_path / "list.txt").write_bytes(separator.join(listed).encode())
+    (tmp_path / "list.txt").write_bytes(separator.join(listed).encode(encoding))
     photos = find_photos(tmp_path / "list.txt", tmp_path / "out")
     assert [photo.name for photo in photos] == ["p1/a", "p2/a b", "p2/missing"]
 

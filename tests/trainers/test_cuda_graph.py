@@ -61,6 +61,17 @@ def test_captured_steps_train_as_plain_ones() -> None:
     assert losses[1][-1] < losses[1][0]
 
 
+def test_the_losss_parts_are_the_steps_own_after_a_validation() -> None:
+    training = Training(True)
+    for seed in range(WARM_UP + 2):
+        training.step(*batch(seed))
+    for seed in range(4):
+        with torch.no_grad(), torch.autocast("cuda"):  # as nnU-Net validates
+            training.loss(training.network(batch(9)[0]), batch(9)[1])
+        value = training.step(*batch(seed))
+        torch.testing.assert_close(float(sum(training.loss.parts)), value, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("captures", [False, True])
 def test_an_overflow_costs_one_step_and_no_weights(captures: bool) -> None:
     training = Training(captures)
