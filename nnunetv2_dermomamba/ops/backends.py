@@ -106,7 +106,10 @@ def _choose(device: str, dtype: torch.dtype, requested: str) -> str:
             raise ValueError(f"unknown selective-scan backend {requested!r}; choose one of {known}")
         reason = why_not(named[0], device, dtype)
         if reason is not None:
-            raise RuntimeError(f"the requested selective-scan backend {requested!r} cannot serve: it {reason}")
+            raise RuntimeError(
+                f"the requested selective-scan backend {requested!r} cannot serve: it {reason}. Unset "
+                f"{ENVIRONMENT_VARIABLE} for automatic choice"
+            )
         return requested
     return next(b.name for b in BACKENDS if why_not(b, device, dtype) is None)
 

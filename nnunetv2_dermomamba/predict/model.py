@@ -221,6 +221,10 @@ def _only_model(path: Path, names: list[str]) -> str:
     depth = min((root.count("/") for root in roots), default=0)
     roots = sorted(root for root in roots if root.count("/") == depth)
     if not roots:
+        if path.is_file() and not names:
+            raise ModelError(
+                f"{str(path)!r} is an empty zip, as an export that failed leaves it: delete it, export again"
+            )
         broken = any(name.endswith(".pth") for name in names)  # nnU-Net exports checkpoints first
         raise ModelError(
             f"{str(path)!r} holds no trained model: it needs plans.json, dataset.json and fold_0/{FINAL_CHECKPOINT}, "

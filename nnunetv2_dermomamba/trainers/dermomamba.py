@@ -72,6 +72,8 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, AveragedWeightsMixi
         """As nnU-Net; says in the log which backend computes the selective scan, and that the first steps take long."""
         super().initialize()
         self.print_to_log_file(describe_choice(self.device.type))
+        if self.warmup_epochs:
+            self.print_to_log_file(f"The learning rate rises from 0 to {self.initial_lr:g} during the warm-up.")
         if self.device.type == "cuda":
             self.print_to_log_file("The first steps compile for the GPU, at the very first start for minutes.")
 

@@ -80,7 +80,7 @@ def test_skip_bad_lists_them_in_a_file(isic, raw, capsys):
     assert os.listdir(raw / NAME / "imagesTr") == ["good_0000.png"]
     assert json.loads((raw / NAME / "dataset.json").read_text())["numTraining"] == 1
     printed = capsys.readouterr().out
-    assert "7 bad cases were left out" in printed
+    assert "Left out as bad: 7" in printed
     assert "2d all" in printed  # one case has no folds
 
 

@@ -100,7 +100,7 @@ def test_resume_makes_only_what_is_missing_or_changed(photos, unet, tmp_path, ca
     assert "1 were there already" in printed
     assert (out / "a.png_mask.png").stat().st_mtime_ns == kept
     assert tree(out)["a.jpg_mask.png"] == before["a.jpg_mask.png"]
-    assert len((out / "predictions.csv").read_text().splitlines()) == 4
+    assert len((out / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 4
     assert predict(photos, out, unet, "--resume", "--overlay") == 0
     assert len(list(out.rglob("*_overlay.jpg"))) == 3
 
@@ -110,8 +110,8 @@ def test_resume_forgets_the_figures_of_a_photograph_that_fails_now(photos, unet,
     predict(photos, out, unet, "--csv")
     (photos / "a.png").write_bytes(b"damaged")
     assert predict(photos, out, unet, "--csv", "--resume") == 1
-    assert "a.png" in (out / "failed.txt").read_text()
-    assert "a.png" not in (out / "predictions.csv").read_text()
+    assert "a.png" in (out / "failed.txt").read_text(encoding="utf-8")
+    assert "a.png" not in (out / "predictions.csv").read_text(encoding="utf-8")
 
 
 def test_results_of_another_model_are_not_resumed(photos, unet, model, tmp_path, capsys):
