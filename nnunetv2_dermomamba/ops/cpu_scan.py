@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .cpu_kernels import LOG2_E, backward_1d, backward_2d, forward_1d, forward_2d
 from .cpu_lanes import LANES
+from .library import accumulation_type
 
 TILE = 64
 """Positions per tile, a multiple of 4: the backward pass's buffers, of 4 N vectors each, are 128 KiB at 16 states."""
@@ -83,10 +84,6 @@ def _array(tensor: Tensor, kind: torch.dtype) -> np.ndarray:
     return tensor.detach().to(kind).contiguous().numpy()
 
 
-def _accumulation_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _pad_channels(tensor: Tensor) -> Tensor:
     """(..., d) with zeros up to whole vectors."""
     return F.pad(tensor, (0, _padded(tensor.shape[-1]) - tensor.shape[-1]))
@@ -133,7 +130,7 @@ def scan_2d_forward(
         y (B, H, W, d) and the states at the chunk starts, or none, float32 (float64 for float64 input).
     """
     batch, height, width, dim = x.shape
-    kind, state = _accumulation_type(x), A.shape[1]
+    kind, state = accumulation_type(x), A.shape[1]
     w_in, w_delta, bias, _, A2, D = _weights_2d(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, kind)
     xs = _array(x, kind).reshape(batch, height * width, dim)
     states = torch.empty(states_shape_2d(x, dt_projs_weight.shape[2], state), dtype=kind)
@@ -161,7 +158,7 @@ def scan_2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, x_proj_weight, dt_projs_weight, dt_projs_bias, A and Ds."""
     batch, height, width, dim = x.shape
-    kind, state, rank = _accumulation_type(x), A.shape[1], dt_projs_weight.shape[2]
+    kind, state, rank = accumulation_type(x), A.shape[1], dt_projs_weight.shape[2]
     w_in, w_delta, bias, A_array, A2, D = _weights_2d(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, kind)
     xs, dys = (_array(m, kind).reshape(batch, height * width, dim) for m in (x, dy))
     dxs = torch.empty(2, batch, height, width, dim, dtype=kind)
@@ -206,7 +203,7 @@ def scan_1d_forward(
         y (batch, dim, length) and the states at the chunk starts, float32 (float64 for float64 input).
     """
     (batch, dim, length), (groups, state) = u.shape, B.shape[1:3]
-    kind, per_group = _accumulation_type(u), dim // groups
+    kind, per_group = accumulation_type(u), dim // groups
     us, deltas = (_array(m, kind).reshape(batch, groups, per_group, length) for m in (u, delta))
     Bs, Cs = _array(B, kind), _array(C, kind)
     A2 = _array(_to_vectors(A.view(groups, per_group, state) * LOG2_E), kind)
@@ -237,7 +234,7 @@ def scan_1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias (the last two also where they were None)."""
     (batch, dim, length), (groups, state) = u.shape, B.shape[1:3]
-    kind, per_group = _accumulation_type(u), dim // groups
+    kind, per_group = accumulation_type(u), dim // groups
     dys, us, deltas = (_array(m, kind).reshape(batch, groups, per_group, length) for m in (dy, u, delta))
     Bs, Cs = _array(B, kind), _array(C, kind)
     A = _to_vectors(A.view(groups, per_group, state))

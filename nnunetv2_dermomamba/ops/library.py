@@ -35,7 +35,8 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
 
 
-def _accumulation_type(x: Tensor) -> torch.dtype:
+def accumulation_type(x: Tensor) -> torch.dtype:
+    """What is summed in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -62,7 +63,7 @@ def register_scan_1d(name: str, module: ModuleType) -> Callable[..., Tensor]:
 
     @forward.register_fake
     def _(u, delta, A, B, C, D, delta_bias, delta_softplus):  # type: ignore[no-untyped-def]
-        kind = _accumulation_type(u)
+        kind = accumulation_type(u)
         states = u.new_empty(module.states_shape_1d(u, A.shape[1], B.shape[1]), dtype=kind)
         return torch.empty_like(u, dtype=kind, memory_format=torch.contiguous_format), states
 
@@ -85,7 +86,7 @@ def register_scan_1d(name: str, module: ModuleType) -> Callable[..., Tensor]:
     def _(dy, u, delta, A, B, C, D, delta_bias, delta_softplus, states):  # type: ignore[no-untyped-def]
         vector = A[:, 0]
         tensors = (u, delta, A, B, C, vector, vector)
-        kind = _accumulation_type(u)
+        kind = accumulation_type(u)
         return tuple(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in tensors)
 
     no_double_backward(backward_op)
@@ -127,7 +128,7 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
 
     @forward.register_fake
     def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, keep):  # type: ignore[no-untyped-def]
-        kind = _accumulation_type(x)
+        kind = accumulation_type(x)
         shape = module.states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
         states = x.new_empty(shape, dtype=kind)
         return torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format), states
@@ -149,7 +150,7 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
     @backward_op.register_fake
     def _(dy, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states):  # type: ignore[no-untyped-def]
         parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-        kind = _accumulation_type(x)
+        kind = accumulation_type(x)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         return dx, *(torch.empty_like(m, dtype=kind, memory_format=torch.contiguous_format) for m in parameters)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .library import accumulation_type
+
 CHUNK = 64
 SLAB = 4096
 
@@ -72,7 +74,7 @@ def scan_1d(
 
     Differentiable by PyTorch's own autograd, one slab at a time through checkpointing.
     """
-    kind = torch.float64 if u.dtype == torch.float64 else torch.float32
+    kind = accumulation_type(u)
     u, delta, B, C = (m.to(kind) for m in (u, delta, B, C))
     h = u.new_zeros(*u.shape[:2], A.shape[1])
     ys = []
