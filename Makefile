@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-faults lint chromium slurm demo clean
+.PHONY: test test-faults lint chromium references slurm demo clean
 
 # The built wheel, not the source tree, is what gets installed, tested and shown.
 $(VENV)/installed: pyproject.toml nnunetv2_dermomamba.pth $(shell find nnunetv2_dermomamba -type f -not -name '*.pyc')
@@ -25,11 +25,16 @@ chromium:
 	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; } || \
 	echo "Chromium could not be installed: the report's browser tests will be skipped"
 
+# What our metrics are compared with; likewise.
+references: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet ".[references]" || \
+	echo "MONAI and the challenge's scorer could not be installed: the comparisons with them will be skipped"
+
 # One thread a worker: PyTorch's own threads on busy cores wait for each other.
 # The `pytest` command, unlike `python -m pytest`, leaves the source tree off the path: the installed wheel is tested.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup
 
-test: lint chromium
+test: lint chromium references
 	$(PYTEST) -m "not faults"
 
 # The script for clusters is tested on a real one; likewise.

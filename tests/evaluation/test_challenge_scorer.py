@@ -1,7 +1,4 @@
-"""The thresholded Jaccard against the ISIC challenge's own scorer, where that is installed.
-
-``pip install isic-challenge-scoring``; its newest releases need Python 3.13, 5.6 installs on older ones.
-"""
+"""The thresholded Jaccard against the ISIC challenge's own scorer, which ``make references`` installs where it can."""
 
 import numpy as np
 import pytest

@@ -256,7 +256,7 @@ def test_same_dice_and_iou_as_nnunet(tmp_path):
 
 
 def test_same_thresholded_jaccard_as_the_challenge(tmp_path):
-    """The scorer is no dependency: it needs Python 3.13. The test runs where it is installed."""
+    """``make references`` installs the scorer where it can."""
     segmentation = pytest.importorskip("isic_challenge_scoring.segmentation")
     rng = np.random.default_rng(0)
     for i in range(12):

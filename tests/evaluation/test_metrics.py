@@ -48,7 +48,7 @@ def test_contour_metrics_agree_with_brute_force(seed):
 
 
 def test_contour_metrics_agree_with_monai():
-    """MONAI is no dependency; the test runs where it happens to be installed."""
+    """``make references`` installs MONAI where it can."""
     metrics = pytest.importorskip("monai.metrics")
     import torch
 
