@@ -175,3 +175,8 @@ def test_training_and_worker_processes_end(make, monkeypatch):
     assert not source._processes
     assert "read and cropped by worker processes" in log(trainer)
     assert np.isfinite(trainer.logger.local_logger.my_fantastic_logging["train_losses"][0])
+
+
+def test_free_memory_where_the_system_does_not_tell_it(monkeypatch):
+    monkeypatch.delattr(trainer_mixin.os, "sysconf", raising=False)
+    assert trainer_mixin._free_bytes(torch.device("cpu")) == 0

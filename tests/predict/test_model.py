@@ -80,6 +80,12 @@ def test_a_network_is_built_without_its_trainer_exactly_if_it_is_dermomamba():
     assert dermomamba == DERMOMAMBA_TRAINERS
 
 
+def test_an_empty_zip_is_named_as_what_it_is(tmp_path):
+    zipfile.ZipFile(tmp_path / "model.zip", "w").close()
+    with pytest.raises(ModelError, match="empty zip, as an export that failed"):
+        load_model(tmp_path / "model.zip")
+
+
 def test_predicting_imports_nothing_to_train_or_plot_with(model):
     code = (
         "import sys; from nnunetv2_dermomamba.predict import Predictor; import nnunetv2_dermomamba.predict.stream; "
