@@ -44,10 +44,15 @@ def _weights_bytes(block: Block) -> int:
     return 4 * ((RANK + 2 * STATES) * (block.D + 4) + block.D * (RANK + 1))
 
 
+def _run(block: Block) -> int:
+    """Sub-blocks that are walked back from one kept state: ``RUN`` in ``scan_2d.cu``."""
+    return 1 if block.D == 8 else 2
+
+
 def _backward_bytes(block: Block) -> int:
-    """Bytes of a block's shared memory in the backward kernel, which has states of every STEPS of two sub-blocks."""
+    """Bytes of a block's shared memory in the backward kernel, which has states of every STEPS of a run."""
     rows = _rows(block) + RANK + 4 + block.D + block.summed_rows
-    return block.rows_bytes(rows) + _weights_bytes(block) + 2 * SUB // STEPS * block.states_bytes
+    return block.rows_bytes(rows) + _weights_bytes(block) + _run(block) * SUB // STEPS * block.states_bytes
 
 
 class Plan:
@@ -94,9 +99,9 @@ def serves_2d(x: Tensor, rank: int, states: int) -> bool:
 
 
 def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
-    """Shape of ``states``: those of every thread before every second sub-block, see ``kept_at`` in ``scan_2d.cu``."""
+    """Shape of ``states``: those of every thread before every run of sub-blocks, see ``kept_at`` in ``scan_2d.cu``."""
     plan = Plan(x, rank, state)
-    return [2 * plan.batch * plan.spans, 2, ceil_div(plan.subs, 2), plan.block.threads * 8]
+    return [2 * plan.batch * plan.spans, 2, ceil_div(plan.subs, _run(plan.block)), plan.block.threads * 8]
 
 
 def scan_2d_forward(

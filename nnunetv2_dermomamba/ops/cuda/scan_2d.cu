@@ -14,6 +14,8 @@ struct Map {
 constexpr int RANK = 8;         // rows of dt at most
 constexpr int WEIGHT = D + 4;   // floats from row to row of the weights in shared memory: other banks
 constexpr int HALVES = SUB / 8;  // tiles of eight positions a segment
+// Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
+constexpr int RUN = D == 8 ? 1 : 2;
 constexpr int LIFT = (RANK + 2 * N) * WEIGHT, SKIP = LIFT + D * RANK, WEIGHT_FLOATS = SKIP + D;
 
 // Shared rows of a segment. Those of dy, and of what the backward pass sums, are its own.
@@ -94,14 +96,28 @@ struct Cursor {
     }
 };
 
+// Four channels of a position as they are stored, in words of 32 bits: until they are widened nothing waits for their
+// load, which it would if the compiler saw parts of words.
 template <typename T>
-__device__ __forceinline__ Four read_map(const T* map, int position, int channel, int d) {
-    Four v = {};
+struct alignas(4 * sizeof(T)) RawFour {
+    unsigned words[sizeof(T)];
+
+    __device__ __forceinline__ void set(int k, float x) { words[k] = __float_as_uint(x); }
+    __device__ __forceinline__ void set(int k, unsigned short x) { words[k / 2] |= (unsigned)x << 16 * (k % 2); }
+    __device__ __forceinline__ float at(int k) const {
+        if (sizeof(T) == 4) return __uint_as_float(words[k]);
+        return widen((Input)(words[k / 2] >> 16 * (k % 2)));
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ RawFour<T> read_map(const T* map, int position, int channel, int d) {
+    RawFour<T> v = {};
     if (position < 0) return v;
     const T* from = map + (long long)position * d + channel;
-    if (WHOLE) return widen4(from);
+    if (WHOLE) return *reinterpret_cast<const RawFour<T>*>(from);
     for (int k = 0; k < 4; ++k)
-        if (channel + k < d) v.at[k] = widen(from[k]);
+        if (channel + k < d) v.set(k, from[k]);
     return v;
 }
 
@@ -113,17 +129,20 @@ __device__ __forceinline__ void write_map(float* map, int position, int channel,
         if (channel + k < d) to[k] = v.at[k];
 }
 
-// A sub-block of a map on its way to shared rows.
+// A thread's share of a sub-block of a map, on its way.
 template <typename T>
 struct LoadedMap {
-    Four v[2];
+    RawFour<T> v[2];
+    __device__ __forceinline__ void read(const T* map, const MapShare& share, const int (&position)[2], int d) {
+        for (int i = 0; i < 2; ++i) v[i] = read_map(map, position[i], share.channel[i], d);
+    }
     __device__ __forceinline__ void read(const T* map, const MapShare& share, const Path& path, const Cursor& cursor,
                                          int d) {
-        for (int i = 0; i < 2; ++i) v[i] = read_map(map, cursor.position(path, i), share.channel[i], d);
+        read(map, share, {cursor.position(path, 0), cursor.position(path, 1)}, d);
     }
     __device__ __forceinline__ void place(const MapShare& share, float* shared, int rows, int first) const {
         for (int i = 0; i < 2; ++i)
-            for (int k = 0; k < 4; ++k) shared[share.cell(rows, i) + (first + k) * ROW] = v[i].at[k];
+            for (int k = 0; k < 4; ++k) shared[share.cell(rows, i) + (first + k) * ROW] = v[i].at(k);
     }
 };
 
@@ -354,11 +373,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
 }
 
-// What the backward pass starts from: a thread's states before every second sub-block, as (blocks, 2 directions, pairs
-// of sub-blocks, CHANNELS, THREADS, STATES), for blocks as of forward_2d and backward_2d.
-__device__ __forceinline__ long long kept_at(const Map& map, int reverse, int pair, int r) {
-    const int pairs = (map.subs + 1) / 2;
-    const long long tile = ((long long)blockIdx.x * 2 + reverse) * pairs + pair;
+// What the backward pass starts from: a thread's states before every run of RUN sub-blocks, as (blocks, 2 directions,
+// runs, CHANNELS, THREADS, STATES), for blocks as of forward_2d and backward_2d.
+__device__ __forceinline__ long long kept_at(const Map& map, int reverse, int run, int r) {
+    const int runs = (map.subs + RUN - 1) / RUN;
+    const long long tile = ((long long)blockIdx.x * 2 + reverse) * runs + run;
     return ((tile * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
 }
 
@@ -393,10 +412,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
         __syncthreads();
 #pragma unroll 1
         for (int sub = 0; sub < map.subs; ++sub) {
-            if (kept && sub % 2 == 0)
-                for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, reverse, sub / 2, r), states_of(h[r]));
+            if (kept && sub % RUN == 0)
+                for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, reverse, sub / RUN, r), states_of(h[r]));
             in.place(share, shared, ROWS, U);
             const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
+            LoadedMap<float> other = {};  // of the other direction
+            if (reverse) other.read(y, share, position, map.d);
             cursor.move(path, false);
             if (sub + 1 < map.subs) in.read(x, share, path, cursor, map.d);
             group_sync();
@@ -408,12 +429,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
             group_sync();
             for (int i = 0; i < 2; ++i) {
                 const int channel = share.channel[i];
-                Four sum = {};
-                if (reverse) sum = read_map(y, position[i], channel, map.d);
                 const Four by = read4(weights + SKIP + channel);
                 const float* cell = shared + share.cell(ROWS, i);
+                Four sum;
                 for (int k = 0; k < 4; ++k)
-                    sum.at[k] += fmaf(by.at[k], cell[(U + k) * ROW], cell[(W + k) * ROW]);
+                    sum.at[k] = other.v[i].at(k) + fmaf(by.at[k], cell[(U + k) * ROW], cell[(W + k) * ROW]);
                 write_map(y, position[i], channel, map.d, sum);
             }
             group_sync();
@@ -506,7 +526,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Lane lane;
     const MapShare share;
     float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
-    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of two sub-blocks
+    float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of a run
     float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
     const int part = threadIdx.x % GROUP / 32;
     float* dm = rows + (IN_PLACE ? B_ROW : SUMS + part * 2 * N) * ROW;
@@ -527,25 +547,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
         stage_weights(x_proj, dt_projs, skip, map, direction, weights);
         __syncthreads();
-        // Two sub-blocks are walked forward, their states kept, and then back; the second one's rows serve both walks.
-        const int pairs = (map.subs + 1) / 2;
-        Cursor cursor(share, path, map, span, 2 * (pairs - 1));
+        // A run is walked forward, its states kept, and then back; the last sub-block's rows serve both walks.
+        int run = (map.subs - 1) / RUN, step = 0;
+        Cursor cursor(share, path, map, span, RUN * run);
         LoadedMap<Input> in;
         LoadedMap<float> out;
         in.read(x, share, path, cursor, map.d);
         out.read(dy, share, path, cursor, map.d);
-        int pair = pairs - 1, step = 0;
 #pragma unroll 1
-        while (pair >= 0) {
-            const int count = min(2, map.subs - 2 * pair), second = count == 2 && step == 1;
+        while (run >= 0) {
+            const int count = min(RUN, map.subs - RUN * run), second = count == 2 && step == 1;
             const bool forth = step < count, back = step >= count - 1, last = step == 2 * count - 2;
-            const int sub = 2 * pair + second;
+            const int sub = RUN * run + second;
             float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
+            if (step == 0)
+                for (int r = 0; r < CHANNELS; ++r) {
+                    const Four from = read4(kept + kept_at(map, reverse, run, r));
+                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
+                }
             in.place(share, shared, BACKWARD_ROWS, U);
             if (back) out.place(share, shared, BACKWARD_ROWS, DY);
             const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
             cursor.move(path, last || step == 1);
-            if (last) cursor.move(path, true);
+            if (RUN == 2 && last) cursor.move(path, true);
             if (!back) {
                 in.read(x, share, path, cursor, map.d);
                 out.read(dy, share, path, cursor, map.d);
@@ -555,11 +579,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             group_sync();
             make_steps<true>(mine, path, map, sub, weights, shared);
             group_sync();
-            if (step == 0)
-                for (int r = 0; r < CHANNELS; ++r) {
-                    const Four from = read4(kept + kept_at(map, reverse, pair, r));
-                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
-                }
             if (forth) {
 #pragma unroll
                 for (int q = 0; q < SUB / STEPS; ++q) {
@@ -622,22 +641,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     }
                 }
             }
+            LoadedMap<float> given, other = {};  // gradients of y, and of x from the other direction
+            given.read(dy, share, position, map.d);
+            if (reverse) other.read(dx, share, position, map.d);
             in.read(x, share, path, cursor, map.d);
-            if (!last) out.read(dy, share, path, cursor, map.d);
+            if (RUN == 1 || !last) out.read(dy, share, path, cursor, map.d);
             group_sync();
             products_back(map, weights, shared, sums);
             group_sync();
             for (int i = 0; i < 2; ++i) {
                 const int channel = share.channel[i];
-                Four sum = {};
-                if (reverse) sum = read_map(dx, position[i], channel, map.d);
-                const Four out = read_map(dy, position[i], channel, map.d), by = read4(weights + SKIP + channel);
+                const Four by = read4(weights + SKIP + channel);
                 const float* cell = shared + share.cell(BACKWARD_ROWS, i);
-                for (int k = 0; k < 4; ++k) sum.at[k] += fmaf(by.at[k], out.at[k], cell[(DELTA + k) * ROW]);
+                Four sum;
+                for (int k = 0; k < 4; ++k)
+                    sum.at[k] = other.v[i].at(k) + fmaf(by.at[k], given.v[i].at(k), cell[(DELTA + k) * ROW]);
                 write_map(dx, position[i], channel, map.d, sum);
             }
             group_sync();
-            pair -= last;
+            run -= last;
             step = last ? 0 : step + 1;
         }
 
