@@ -19,8 +19,8 @@ ONE_CHUNK = 256
 """Positions up to which a sequence may be one chunk."""
 LONG = 8
 """Blocks of SUB positions of a chunk in a long sequence."""
-FEW_BLOCKS = 512
-"""A grid of fewer leaves large GPUs (132 processors that hold four blocks each) idle."""
+FULL = 528
+"""Blocks that fill a large GPU: 132 processors that hold four each. Fewer leave it idle, a few more run after all others."""
 MAX_POSITIONS = 2**30
 """Of a sequence: positions are 32-bit, and so are those a work item behind the last."""
 MAX_SEQUENCES = 2**27
@@ -72,14 +72,11 @@ class Block:
 def chunk_subs(length: int, segments: int, sequences: int) -> int:
     """Blocks of SUB positions of a chunk: the longer, the fewer summaries, but few sequences want many chunks.
 
-    A short sequence is one chunk, and needs no summary, where there are enough of them.
+    A short sequence is one chunk, and needs no summary, where there are enough of them or it is very short.
     """
-    if segments == 1 and length <= ONE_CHUNK and sequences >= FEW_BLOCKS // 4:
+    if segments == 1 and length <= (ONE_CHUNK if sequences >= FULL // 4 else ONE_CHUNK // 4):
         return ceil_div(length, SUB)
-    subs = LONG
-    while subs > 1 and sequences * ceil_div(length, segments * subs * SUB) < FEW_BLOCKS:
-        subs //= 2
-    return subs
+    return min(LONG, ceil_div(length * sequences, segments * SUB * FULL))
 
 
 def long_chunk_subs(length: int, segments: int, sequences: int) -> int:
@@ -87,7 +84,7 @@ def long_chunk_subs(length: int, segments: int, sequences: int) -> int:
     subs = chunk_subs(length, segments, sequences)
     blocks = sequences * ceil_div(length, 2 * segments * subs * SUB)
     is_one_chunk = length <= segments * subs * SUB
-    return 2 * subs if subs == LONG and blocks >= 4 * FEW_BLOCKS and not is_one_chunk else subs
+    return 2 * subs if subs == LONG and blocks >= 4 * FULL and not is_one_chunk else subs
 
 
 def max_shared(like: Tensor) -> int:

@@ -61,7 +61,7 @@ class Plan:
     def __init__(self, x: Tensor, rank: int, states: int) -> None:
         self.batch, height, width, self.d = x.shape
         self.block = Block.of(self.d)
-        self.subs = long_chunk_subs(height * width, self.block.segments, 2 * self.batch)
+        self.subs = long_chunk_subs(height * width, self.block.segments, 4 * self.batch)
         self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
         self.chunks = self.spans * self.block.segments
         self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)
@@ -72,10 +72,16 @@ class Plan:
             "WHOLE": int(self.d == self.block.D),
         }
 
-    def launch(self, name: str, directions: int, shared: int, *arguments: Tensor | None) -> None:
-        """Launch a kernel, ``directions`` blocks a span of a map."""
-        grid = self.batch * directions * self.spans
+    def launch(self, name: str, shared: int, *arguments: Tensor | None) -> None:
+        """Launch a kernel, a block for each span of a path."""
+        grid = 4 * self.batch * self.spans
         launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, self.map)
+
+    def sum(self, name: str, maps: Tensor, to: Tensor) -> Tensor:
+        """Sum over the directions into ``to``."""
+        size = to.numel()
+        launch(FILES, self.definitions, name, ceil_div(size, 256), 256, 0, maps, to, ctypes.c_longlong(size))
+        return to
 
     def summaries(self, name: str, A: Tensor, *arguments: Tensor) -> Tensor:
         """What enters every chunk, (batch, 4, chunks, d, N)."""
@@ -83,7 +89,7 @@ class Plan:
             return A.new_zeros(self.batch, 4, 1, self.d, STATES)
         state = A.new_empty(self.batch, 4, self.chunks, self.d, STATES)
         total = A.new_empty(self.batch, 4, self.chunks, self.d)
-        self.launch(name, 4, self.shared, *arguments, A, state, total)
+        self.launch(name, self.shared, *arguments, A, state, total)
         combine(FILES, self.definitions, state, total, A, 4, name == "adjoint_2d")
         return state
 
@@ -101,7 +107,7 @@ def serves_2d(x: Tensor, rank: int, states: int) -> bool:
 def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
     """Shape of ``states``: those of every thread before every run of sub-blocks, see ``kept_at`` in ``scan_2d.cu``."""
     plan = Plan(x, rank, state)
-    return [2 * plan.batch * plan.spans, 2, ceil_div(plan.subs, _run(plan.block)), plan.block.threads * 8]
+    return [4 * plan.batch * plan.spans, ceil_div(plan.subs, _run(plan.block)), plan.block.threads * 8]
 
 
 def scan_2d_forward(
@@ -117,12 +123,12 @@ def scan_2d_forward(
     plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
-        y = A.new_empty(2, *x.shape)
+        y = A.new_empty(4, *x.shape)
         starts = plan.summaries("summary_2d", A, x, *weights)
         shape = states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
         states = A.new_empty(shape)
-        plan.launch("forward_2d", 2, plan.shared, x, *weights, A, Ds, starts, states if keep else None, y)
-        return y[0] + y[1], states
+        plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, states if keep else None, y)
+        return plan.sum("sum_outputs", y, torch.empty_like(y[0])), states
 
 
 def scan_2d_backward(
@@ -140,10 +146,9 @@ def scan_2d_backward(
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
         adjoints = plan.summaries("adjoint_2d", A, x, dy, *weights)
-        dx = A.new_empty(2, *x.shape)
+        dx = A.new_empty(4, *x.shape)
         sums = [A.new_empty(plan.batch * plan.spans, *m.shape) for m in (*weights, A, Ds)]
         shared = _backward_bytes(plan.block)
-        plan.launch("backward_2d", 2, shared, dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
+        plan.launch("backward_2d", shared, dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
         dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
-        # in the type that autograd wants: one pass, not two
-        return torch.add(dx[0], dx[1], out=torch.empty_like(x)), dx_proj, ddt_projs, dbias, dA, dDs
+        return plan.sum("sum_gradients", dx, torch.empty_like(x)), dx_proj, ddt_projs, dbias, dA, dDs

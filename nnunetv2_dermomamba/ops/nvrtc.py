@@ -25,7 +25,7 @@ SOURCES = Path(__file__).parent / "cuda"
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
 
-Argument: TypeAlias = Tensor | ctypes.Structure | int | None
+Argument: TypeAlias = Tensor | ctypes.Structure | ctypes.c_longlong | int | None
 Definitions: TypeAlias = tuple[tuple[str, int], ...]
 
 
@@ -169,7 +169,7 @@ def launch(
         blocks: of the grid.
         threads: of a block.
         shared: bytes of dynamic shared memory of a block.
-        arguments: tensors are passed as pointers, None as a null pointer, ints as int, structures by value.
+        arguments: tensors are passed as pointers, None as a null pointer, ints as int, ctypes values as they are.
 
     Raises:
         RuntimeError: it does not compile, or the driver refuses it.

@@ -38,7 +38,7 @@ def libraries(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
     """What a kernel leaves unwritten is NaN; chunks of several sub-blocks; without a GPU the sources run on the CPU."""
-    monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 2)
+    monkeypatch.setattr(cuda_block, "FULL", 2)
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     if DEVICE.type == "cpu":
@@ -99,7 +99,7 @@ def test_1d_sequence_of_several_blocks():
 
 @emulated
 def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
-    monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 512)
+    monkeypatch.setattr(cuda_block, "FULL", 512)
     assert cuda_scan_1d.Plan(torch.empty(1, 8, 200), 1, 16, True).sizes.subs == 1
     check_1d(sequences(1, 8, 200, 1, 16))
     check_2d(maps(1, 16, 17, 8, 1, 16))
@@ -108,7 +108,7 @@ def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
 @emulated
 @pytest.mark.parametrize("warps", [1, 2, 16])
 def test_more_chunks_than_a_warp_combines_at_once(monkeypatch, warps):
-    monkeypatch.setattr(cuda_block, "FEW_BLOCKS", 512)
+    monkeypatch.setattr(cuda_block, "FULL", 512)
     monkeypatch.setattr(cuda_scan_1d, "COMBINING_WARPS", warps)
     assert cuda_scan_1d.Plan(torch.empty(2, 24, 1100), 3, 16, True).chunks > 64
     check_1d(sequences(2, 24, 1100, 3, 16))

@@ -1,4 +1,4 @@
-// Reading inputs of 32 or 16 bits as float, four positions at once. Compiled with -DINPUT=0 (float32), 1 (float16) or
+// Inputs of 32 or 16 bits as float and back, four positions at once. Compiled with -DINPUT=0 (float32), 1 (float16) or
 // 2 (bfloat16): plain bits, so that no header of the CUDA toolkit is needed.
 
 #if INPUT == 0
@@ -18,6 +18,22 @@ __device__ __forceinline__ float widen(Input x) {
 #endif
 }
 #endif
+
+__device__ __forceinline__ Input narrow(float x) {
+#if INPUT == 0
+    return x;
+#elif defined(EMULATED)
+    return INPUT == 1 ? emulated_narrow_half(x) : emulated_narrow_bfloat(x);
+#elif INPUT == 1
+    Input y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+#else
+    Input y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+#endif
+}
 
 struct alignas(4 * sizeof(Input)) FourInputs {
     Input at[4];

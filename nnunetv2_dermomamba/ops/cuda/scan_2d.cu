@@ -1,9 +1,9 @@
 // The scan of a map in four directions with its projections: summaries of chunks, the scan, its gradients. After
 // walk.cuh, input.cuh and products.cuh.
 //
-// A block projects SUB positions of each of its segments at a time into shared rows and walks them. Row-major and
-// column-major paths are different blocks and write different maps; a path and its reverse are one block's, one after
-// the other, so that sums need no atomics and repeat bit for bit. Compiled with -DWHOLE=<whether all D channels exist>.
+// A block projects SUB positions of each of its segments at a time into shared rows and walks them. Each direction has
+// its own blocks and writes its own map, so that sums need no atomics and repeat bit for bit. Compiled with
+// -DWHOLE=<whether all D channels exist>.
 
 struct Map {
     int height, width, d, rank, states;
@@ -147,26 +147,44 @@ struct LoadedMap {
 };
 
 // A direction's weights in shared memory: rows of dt (RANK, zeros behind the last), B and C of x_proj_weight, and
-// dt_projs_weight as (D, RANK); Ds where there is any.
+// dt_projs_weight as (D, RANK); Ds where there is any. All are on their way before the first is written.
 __device__ __forceinline__ void stage_weights(const float* x_proj, const float* dt_projs, const float* skip,
                                               const Map& map, int direction, float* weights) {
+    constexpr int QUADS = (RANK + 2 * N) * D / 4, LIFTS = D * RANK;
+    Four quads[(QUADS + THREADS - 1) / THREADS] = {};
+    float lifts[(LIFTS + THREADS - 1) / THREADS] = {};
     const float* from = x_proj + direction * (map.rank + 2 * map.states) * map.d;
-    for (int index = threadIdx.x; index < (RANK + 2 * N) * D; index += THREADS) {
-        const int row = index / D, c = index % D;
+#pragma unroll
+    for (int first = 0; first < QUADS; first += THREADS) {
+        const int row = (first + threadIdx.x) * 4 / D, c = (first + threadIdx.x) * 4 % D;
         int source = row < map.rank ? row : -1;
         if (row >= RANK) {
             const int n = (row - RANK) % N;
             source = n < map.states ? map.rank + (row - RANK) / N * map.states + n : -1;
         }
-        weights[row * WEIGHT + c] = source >= 0 && c < map.d ? from[source * map.d + c] : 0.0f;
+        if (source < 0 || row >= RANK + 2 * N) continue;
+        if (WHOLE)
+            quads[first / THREADS] = read4(from + source * D + c);
+        else
+            for (int k = 0; k < 4; ++k)
+                if (c + k < map.d) quads[first / THREADS].at[k] = from[source * map.d + c + k];
     }
-    for (int index = threadIdx.x; index < D * RANK; index += THREADS) {
-        const int c = index / RANK, r = index % RANK;
-        const bool exists = c < map.d && r < map.rank;
-        weights[LIFT + index] = exists ? dt_projs[(direction * map.d + c) * map.rank + r] : 0.0f;
+#pragma unroll
+    for (int first = 0; first < LIFTS; first += THREADS) {
+        const int c = (first + threadIdx.x) / RANK, r = (first + threadIdx.x) % RANK;
+        if (c < map.d && r < map.rank)
+            lifts[first / THREADS] = dt_projs[(direction * map.d + c) * map.rank + r];
     }
     for (int c = threadIdx.x; c < D; c += THREADS)
         weights[SKIP + c] = skip && c < map.d ? skip[direction * map.d + c] : 0.0f;
+#pragma unroll
+    for (int first = 0; first < QUADS; first += THREADS) {
+        const int index = first + threadIdx.x;
+        if (index < QUADS) write4(weights + index * 4 / D * WEIGHT + index * 4 % D, quads[first / THREADS]);
+    }
+#pragma unroll
+    for (int first = 0; first < LIFTS; first += THREADS)
+        if (first + threadIdx.x < LIFTS) weights[LIFT + first + threadIdx.x] = lifts[first / THREADS];
 }
 
 // Which tiles of a product a warp computes: every step-th of sixteen rows, from the first; of one half of the positions
@@ -293,45 +311,58 @@ __device__ __forceinline__ void read_decays(const float* A, const Map& map, int 
         }
 }
 
+// Which span of which path a block has: one of (batch, 4, spans).
+struct Where {
+    int span, direction, batch;
+    __device__ __forceinline__ explicit Where(const Map& map) {
+        span = blockIdx.x % map.spans;
+        direction = blockIdx.x / map.spans % 4;
+        batch = blockIdx.x / map.spans / 4;
+    }
+    // Of the first element of the batch's map, among maps of (batch, ...).
+    __device__ __forceinline__ long long offset(const Map& map) const {
+        return (long long)batch * map.height * map.width * map.d;
+    }
+    // The same among maps of (4, batch, ...).
+    __device__ __forceinline__ long long own_offset(const Map& map) const {
+        const int batches = gridDim.x / map.spans / 4;
+        return (long long)(direction * batches + batch) * map.height * map.width * map.d;
+    }
+};
+
 // Row of a lane's channel among the chunks' states (batch, 4, chunks, d, N).
-__device__ __forceinline__ long long chunk_row(const Map& map, int batch, int direction, int span, const Lane& lane,
-                                               int r) {
-    const long long path = (long long)batch * 4 + direction;
-    return ((path * map.spans + span) * SEGMENTS + lane.segment) * map.d + lane.channel[r];
+__device__ __forceinline__ long long chunk_row(const Map& map, const Lane& lane, int r) {
+    return ((long long)blockIdx.x * SEGMENTS + lane.segment) * map.d + lane.channel[r];
 }
 
-__device__ __forceinline__ void read_chunk(const float* states, const Map& map, int batch, int direction, int span,
-                                           const Lane& lane, Tile& h) {
+__device__ __forceinline__ void read_chunk(const float* states, const Map& map, const Lane& lane, Tile& h) {
     for (int r = 0; r < CHANNELS; ++r)
         for (int j = 0; j < STATES; ++j)
-            h[r][j] = lane.channel[r] < map.d
-                          ? states[chunk_row(map, batch, direction, span, lane, r) * N + lane.state[j]]
-                          : 0.0f;
+            h[r][j] = lane.channel[r] < map.d ? states[chunk_row(map, lane, r) * N + lane.state[j]] : 0.0f;
 }
 
-// A block of (batch, 4, spans).
 template <bool ADJOINT>
 __device__ __forceinline__ void summarise(float* shared, const Input* x, const float* dy, const float* x_proj,
                                           const float* dt_projs, const float* bias_of, const float* A, float* state,
                                           float* total, const Map& map) {
-    const int span = blockIdx.x % map.spans, direction = blockIdx.x / map.spans % 4;
-    const int batch = blockIdx.x / map.spans / 4;
-    const Path path(map, direction);
+    const Where where(map);
+    const Path path(map, where.direction);
     const Lane lane;
     const MapShare share;
-    const RowShare mine(map, bias_of, direction, span, ROWS);
+    const RowShare mine(map, bias_of, where.direction, where.span, ROWS);
     float* weights = shared + SEGMENTS * segment_floats(ROWS);
     const float* rows = shared + lane.segment * segment_floats(ROWS);
-    const long long offset = (long long)batch * path.length * map.d;
+    x += where.offset(map);
+    if (ADJOINT) dy += where.offset(map);
     Tile A2, h = {};
     float sum[CHANNELS] = {};
     LoadedMap<Input> in;
     LoadedMap<float> out;
-    read_decays(A, map, direction, lane, A2);
-    stage_weights(x_proj, dt_projs, nullptr, map, direction, weights);
-    Cursor cursor(share, path, map, span, ADJOINT ? map.subs - 1 : 0);
-    in.read(x + offset, share, path, cursor, map.d);
-    if (ADJOINT) out.read(dy + offset, share, path, cursor, map.d);
+    Cursor cursor(share, path, map, where.span, ADJOINT ? map.subs - 1 : 0);
+    in.read(x, share, path, cursor, map.d);
+    if (ADJOINT) out.read(dy, share, path, cursor, map.d);
+    read_decays(A, map, where.direction, lane, A2);
+    stage_weights(x_proj, dt_projs, nullptr, map, where.direction, weights);
     __syncthreads();
     for (int i = 0; i < map.subs; ++i) {
         const int sub = ADJOINT ? map.subs - 1 - i : i;
@@ -339,8 +370,8 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
         if (ADJOINT) out.place(share, shared, ROWS, W);
         if (i + 1 < map.subs) {
             cursor.move(path, ADJOINT);
-            in.read(x + offset, share, path, cursor, map.d);
-            if (ADJOINT) out.read(dy + offset, share, path, cursor, map.d);
+            in.read(x, share, path, cursor, map.d);
+            if (ADJOINT) out.read(dy, share, path, cursor, map.d);
         }
         group_sync();
         project<!ADJOINT, ADJOINT>(shared, weights, ROWS);
@@ -353,7 +384,7 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
     }
     for (int r = 0; r < CHANNELS; ++r) {
         if (lane.channel[r] >= map.d) continue;
-        const long long row = chunk_row(map, batch, direction, span, lane, r);
+        const long long row = chunk_row(map, lane, r);
         if (threadIdx.x / 2 % 2 == 0) total[row] = sum[r];
         for (int j = 0; j < STATES; ++j) state[row * N + lane.state[j]] = h[r][j];
     }
@@ -373,71 +404,59 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
 }
 
-// What the backward pass starts from: a thread's states before every run of RUN sub-blocks, as (blocks, 2 directions,
-// runs, CHANNELS, THREADS, STATES), for blocks as of forward_2d and backward_2d.
-__device__ __forceinline__ long long kept_at(const Map& map, int reverse, int run, int r) {
+// What the backward pass starts from: a thread's states before every run of RUN sub-blocks, as (blocks, runs, CHANNELS,
+// THREADS, STATES).
+__device__ __forceinline__ long long kept_at(const Map& map, int run, int r) {
     const int runs = (map.subs + RUN - 1) / RUN;
-    const long long tile = ((long long)blockIdx.x * 2 + reverse) * runs + run;
-    return ((tile * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
+    return ((((long long)blockIdx.x * runs + run) * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
 }
 
-// y of the row-major paths, and of the column-major ones behind it: (2, batch, height, width, d). Without ``kept``, no
-// states are.
+// y of each direction: (4, batch, height, width, d). Without ``kept``, no states are.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     forward_2d(const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of, const float* A,
                const float* skip, const float* starts, float* kept, float* y, Map map) {
     extern __shared__ float shared[];
-    const int block_span = blockIdx.x % map.spans, column = blockIdx.x / map.spans % 2;
-    const int batch = blockIdx.x / map.spans / 2, batches = gridDim.x / map.spans / 2;
+    const Where where(map);
+    const Path path(map, where.direction);
     const Lane lane;
     const MapShare share;
+    const RowShare mine(map, bias_of, where.direction, where.span, ROWS);
     float* weights = shared + SEGMENTS * segment_floats(ROWS);
     float* rows = shared + lane.segment * segment_floats(ROWS);
-    const long long length = (long long)map.height * map.width * map.d;
-    x += batch * length;
-    y += (column * batches + batch) * length;
+    x += where.offset(map);
+    y += where.own_offset(map);
+    Tile A2, h;
+    LoadedMap<Input> in;
+    Cursor cursor(share, path, map, where.span, 0);
+    in.read(x, share, path, cursor, map.d);
+    read_decays(A, map, where.direction, lane, A2);
+    read_chunk(starts, map, lane, h);
+    stage_weights(x_proj, dt_projs, skip, map, where.direction, weights);
+    __syncthreads();
 #pragma unroll 1
-    for (int reverse = 0; reverse < 2; ++reverse) {
-        const int direction = column + 2 * reverse, span = reverse ? map.spans - 1 - block_span : block_span;
-        const Path path(map, direction);
-        const RowShare mine(map, bias_of, direction, span, ROWS);
-        Tile A2, h;
-        LoadedMap<Input> in;
-        read_decays(A, map, direction, lane, A2);
-        read_chunk(starts, map, batch, direction, span, lane, h);
-        __syncthreads();
-        stage_weights(x_proj, dt_projs, skip, map, direction, weights);
-        Cursor cursor(share, path, map, span, 0);
-        in.read(x, share, path, cursor, map.d);
-        __syncthreads();
-#pragma unroll 1
-        for (int sub = 0; sub < map.subs; ++sub) {
-            if (kept && sub % RUN == 0)
-                for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, reverse, sub / RUN, r), states_of(h[r]));
-            in.place(share, shared, ROWS, U);
-            const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
-            LoadedMap<float> other = {};  // of the other direction
-            if (reverse) other.read(y, share, position, map.d);
-            cursor.move(path, false);
-            if (sub + 1 < map.subs) in.read(x, share, path, cursor, map.d);
-            group_sync();
-            project<true, true>(shared, weights, ROWS);
-            group_sync();
-            make_steps<true>(mine, path, map, sub, weights, shared);
-            group_sync();
-            walk_output(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, rows + C_ROW * ROW, A2, h);
-            group_sync();
-            for (int i = 0; i < 2; ++i) {
-                const int channel = share.channel[i];
-                const Four by = read4(weights + SKIP + channel);
-                const float* cell = shared + share.cell(ROWS, i);
-                Four sum;
-                for (int k = 0; k < 4; ++k)
-                    sum.at[k] = other.v[i].at(k) + fmaf(by.at[k], cell[(U + k) * ROW], cell[(W + k) * ROW]);
-                write_map(y, position[i], channel, map.d, sum);
-            }
-            group_sync();
+    for (int sub = 0; sub < map.subs; ++sub) {
+        if (kept && sub % RUN == 0)
+            for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, sub / RUN, r), states_of(h[r]));
+        in.place(share, shared, ROWS, U);
+        const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
+        cursor.move(path, false);
+        if (sub + 1 < map.subs) in.read(x, share, path, cursor, map.d);
+        group_sync();
+        project<true, true>(shared, weights, ROWS);
+        group_sync();
+        make_steps<true>(mine, path, map, sub, weights, shared);
+        group_sync();
+        walk_output(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, rows + C_ROW * ROW, A2, h);
+        group_sync();
+        for (int i = 0; i < 2; ++i) {
+            const int channel = share.channel[i];
+            const Four by = read4(weights + SKIP + channel);
+            const float* cell = shared + share.cell(ROWS, i);
+            Four out;
+            for (int k = 0; k < 4; ++k) out.at[k] = fmaf(by.at[k], cell[(U + k) * ROW], cell[(W + k) * ROW]);
+            write_map(y, position[i], channel, map.d, out);
         }
+        group_sync();
     }
 }
 
@@ -514,211 +533,217 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
     }
 }
 
-// dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...), those of a path of
-// (batch, span) by the block of the same positions.
+// dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...).
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
                 const float* A, const float* skip, const float* kept, const float* adjoints, float* dx,
                 float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
     extern __shared__ float shared[];
-    const int block_span = blockIdx.x % map.spans, column = blockIdx.x / map.spans % 2;
-    const int batch = blockIdx.x / map.spans / 2, batches = gridDim.x / map.spans / 2;
+    const Where where(map);
+    const Path path(map, where.direction);
     const Lane lane;
     const MapShare share;
+    const RowShare mine(map, bias_of, where.direction, where.span, BACKWARD_ROWS);
     float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
     float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of a run
     float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
     const int part = threadIdx.x % GROUP / 32;
     float* dm = rows + (IN_PLACE ? B_ROW : SUMS + part * 2 * N) * ROW;
-    const long long length = (long long)map.height * map.width * map.d;
-    x += batch * length;
-    dy += batch * length;
-    dx += (column * batches + batch) * length;
+    x += where.offset(map);
+    dy += where.offset(map);
+    dx += where.own_offset(map);
+    Tile A2, h, g, sum_dA = {};
+    float sum_bias[CHANNEL_ROWS] = {}, sum_skip[CHANNEL_ROWS] = {};
+    WeightSums sums;
+    read_decays(A, map, where.direction, lane, A2);
+    read_chunk(adjoints, map, lane, g);
+    stage_weights(x_proj, dt_projs, skip, map, where.direction, weights);
+    __syncthreads();
+    // A run is walked forward, its states kept, and then back; the last sub-block's rows serve both walks.
+    int run = (map.subs - 1) / RUN, step = 0;
+    Cursor cursor(share, path, map, where.span, RUN * run);
+    LoadedMap<Input> in;
+    LoadedMap<float> out;
+    in.read(x, share, path, cursor, map.d);
+    out.read(dy, share, path, cursor, map.d);
 #pragma unroll 1
-    for (int reverse = 0; reverse < 2; ++reverse) {
-        const int direction = column + 2 * reverse, span = reverse ? map.spans - 1 - block_span : block_span;
-        const Path path(map, direction);
-        const RowShare mine(map, bias_of, direction, span, BACKWARD_ROWS);
-        Tile A2, h, g, sum_dA = {};
-        float sum_bias[CHANNEL_ROWS] = {}, sum_skip[CHANNEL_ROWS] = {};
-        WeightSums sums;
-        read_decays(A, map, direction, lane, A2);
-        read_chunk(adjoints, map, batch, direction, span, lane, g);
-        __syncthreads();
-        stage_weights(x_proj, dt_projs, skip, map, direction, weights);
-        __syncthreads();
-        // A run is walked forward, its states kept, and then back; the last sub-block's rows serve both walks.
-        int run = (map.subs - 1) / RUN, step = 0;
-        Cursor cursor(share, path, map, span, RUN * run);
-        LoadedMap<Input> in;
-        LoadedMap<float> out;
-        in.read(x, share, path, cursor, map.d);
-        out.read(dy, share, path, cursor, map.d);
-#pragma unroll 1
-        while (run >= 0) {
-            const int count = min(RUN, map.subs - RUN * run), second = count == 2 && step == 1;
-            const bool forth = step < count, back = step >= count - 1, last = step == 2 * count - 2;
-            const int sub = RUN * run + second;
-            float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
-            if (step == 0)
-                for (int r = 0; r < CHANNELS; ++r) {
-                    const Four from = read4(kept + kept_at(map, reverse, run, r));
-                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
-                }
-            in.place(share, shared, BACKWARD_ROWS, U);
-            if (back) out.place(share, shared, BACKWARD_ROWS, DY);
-            const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
-            cursor.move(path, last || step == 1);
-            if (RUN == 2 && last) cursor.move(path, true);
-            if (!back) {
-                in.read(x, share, path, cursor, map.d);
-                out.read(dy, share, path, cursor, map.d);
+    while (run >= 0) {
+        const int count = min(RUN, map.subs - RUN * run), second = count == 2 && step == 1;
+        const bool forth = RUN == 1 || step < count, back = RUN == 1 || step >= count - 1;
+        const bool last = RUN == 1 || step == 2 * count - 2;
+        const int sub = RUN * run + second;
+        float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
+        if (RUN == 1 || step == 0)
+            for (int r = 0; r < CHANNELS; ++r) {
+                const Four from = read4(kept + kept_at(map, run, r));
+                for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
             }
-            group_sync();
-            project<true, true>(shared, weights, BACKWARD_ROWS);
-            group_sync();
-            make_steps<true>(mine, path, map, sub, weights, shared);
-            group_sync();
-            if (forth) {
-#pragma unroll
-                for (int q = 0; q < SUB / STEPS; ++q) {
-                    for (int r = 0; r < CHANNELS; ++r)
-                        write4(entered + (q * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
-                    if (q < SUB / STEPS - 1 || !back)
-                        walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
-                }
-            }
-            if (!back) {
-                group_sync();
-                ++step;
-                continue;
-            }
-            for (int i = 0; i < CHANNEL_ROWS; ++i) {
-                const float* cell = shared + mine.cell + i * PASS * ROW;
-                const Four in = read4(cell + U * ROW), out = read4(cell + DY * ROW);
-                for (int k = 0; k < 4; ++k) sum_skip[i] = fmaf(out.at[k], in.at[k], sum_skip[i]);
-            }
-            group_sync();  // before dy is written over
-#pragma unroll 1
-            for (int q = SUB / STEPS - 1; q >= 0; --q) {
-                for (int r = 0; r < CHANNELS; ++r) {
-                    const Four from = read4(entered + (q * CHANNELS + r) * THREADS * STATES);
-                    for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
-                }
-                walk_back(lane, rows + DELTA * ROW, rows + W * ROW, rows + DY * ROW, rows + B_ROW * ROW,
-                          rows + C_ROW * ROW, dm, dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
-            }
-            group_sync();
-            // Gradients of the pre-activations over w, those of x that bypass the projections over delta.
-            bool exists[4];
-            for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
-            for (int i = 0; i < CHANNEL_ROWS; ++i) {
-                float* cell = shared + mine.cell + i * PASS * ROW;
-                const Four in = read4(cell + U * ROW), steps = read4(cell + DELTA * ROW);
-                const Four by_input = read4(cell + W * ROW), by_decay = read4(cell + DY * ROW);
-                Four ddelta, direct;
-                for (int k = 0; k < 4; ++k) {
-                    const float by_delta = fmaf(in.at[k], by_input.at[k], by_decay.at[k]);
-                    ddelta.at[k] = exists[k] ? by_delta * softplus_slope(steps.at[k]) : 0.0f;
-                    sum_bias[i] += ddelta.at[k];
-                    direct.at[k] = steps.at[k] * by_input.at[k];
-                }
-                write4(cell + W * ROW, ddelta);
-                write4(cell + DELTA * ROW, direct);
-            }
-            if (!IN_PLACE) {
-                const Share own;
-                for (int i = 0; i < STATE_ROWS; ++i) {
-                    if (own.row + i * PASS >= N) continue;
-                    for (int m = 0; m < 2; ++m) {
-                        float* cell = shared + mine.cell + (m * N + i * PASS) * ROW;
-                        Four sum = {};
-                        for (int p = 0; p < PARTS; ++p) {
-                            const Four one = read4(cell + (SUMS + p * 2 * N) * ROW);
-                            for (int k = 0; k < 4; ++k) sum.at[k] += one.at[k];
-                        }
-                        write4(cell + B_ROW * ROW, sum);
-                    }
-                }
-            }
-            LoadedMap<float> given, other = {};  // gradients of y, and of x from the other direction
-            given.read(dy, share, position, map.d);
-            if (reverse) other.read(dx, share, position, map.d);
+        in.place(share, shared, BACKWARD_ROWS, U);
+        if (back) out.place(share, shared, BACKWARD_ROWS, DY);
+        const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
+        cursor.move(path, last || step == 1);
+        if (RUN == 2 && last) cursor.move(path, true);
+        if (!back) {
             in.read(x, share, path, cursor, map.d);
-            if (RUN == 1 || !last) out.read(dy, share, path, cursor, map.d);
-            group_sync();
-            products_back(map, weights, shared, sums);
-            group_sync();
-            for (int i = 0; i < 2; ++i) {
-                const int channel = share.channel[i];
-                const Four by = read4(weights + SKIP + channel);
-                const float* cell = shared + share.cell(BACKWARD_ROWS, i);
-                Four sum;
-                for (int k = 0; k < 4; ++k)
-                    sum.at[k] = other.v[i].at(k) + fmaf(by.at[k], given.v[i].at(k), cell[(DELTA + k) * ROW]);
-                write_map(dx, position[i], channel, map.d, sum);
-            }
-            group_sync();
-            run -= last;
-            step = last ? 0 : step + 1;
+            out.read(dy, share, path, cursor, map.d);
         }
-
-        // The block's sums, by way of the shared rows.
-        __syncthreads();
-        const long long partial = ((long long)batch * map.spans + block_span) * 4 + direction;
-        const int group = threadIdx.x / GROUP, warp = threadIdx.x % GROUP / 32;
-        constexpr int GROUPS = THREADS / GROUP, PER_GROUP = (2 * N + RANK) * D + D * RANK;
-        float* own = shared + group * PER_GROUP;
-        for (int n = 0; n < COLUMN_TILES; ++n)
-            for (int m = 0; m < 3; ++m)
-                each_pair(sums.rows[m][n], [&](int row, int c, float a, float b) {
-                    if (m < 2 || row < RANK) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
-                });
-        each_pair(sums.lift, [&](int c, int r, float a, float b) {
-            if (c < D) write2(own + (2 * N + RANK) * D + (warp * 16 + c) * RANK + r, a, b);
-        });
-        __syncthreads();
-        for (int index = threadIdx.x; index < PER_GROUP; index += THREADS) {
-            float sum = 0.0f;
-            for (int i = 0; i < GROUPS; ++i) sum += shared[i * PER_GROUP + index];
-            if (index < (2 * N + RANK) * D) {
-                const int row = index / D, c = index % D, n = row % N;
-                const bool low = row >= 2 * N;
-                const int to = low ? row - 2 * N : map.rank + row / N * map.states + n;
-                if (c < map.d && (low ? to < map.rank : n < map.states))
-                    dx_proj[(partial * (map.rank + 2 * map.states) + to) * map.d + c] = sum;
-            } else {
-                const int c = (index - (2 * N + RANK) * D) / RANK, r = index % RANK;
-                if (c < map.d && r < map.rank) ddt_projs[(partial * map.d + c) * map.rank + r] = sum;
+        group_sync();
+        project<true, true>(shared, weights, BACKWARD_ROWS);
+        group_sync();
+        make_steps<true>(mine, path, map, sub, weights, shared);
+        group_sync();
+        if (forth) {
+#pragma unroll
+            for (int q = 0; q < SUB / STEPS; ++q) {
+                for (int r = 0; r < CHANNELS; ++r)
+                    write4(entered + (q * CHANNELS + r) * THREADS * STATES, states_of(h[r]));
+                if (q < SUB / STEPS - 1 || !back)
+                    walk_states(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, q * STEPS, A2, h);
             }
         }
-        __syncthreads();
-        float* vectors = shared + SEGMENTS * D * N;
-        for (int r = 0; r < CHANNELS; ++r)
-            for (int j = 0; j < STATES; ++j)
-                shared[(lane.segment * D + lane.channel[r]) * N + lane.state[j]] = sum_dA[r][j];
+        if (!back) {
+            group_sync();
+            ++step;
+            continue;
+        }
         for (int i = 0; i < CHANNEL_ROWS; ++i) {
-            for (int lanes = 1; lanes < SUB / 4; lanes *= 2) {
-                sum_skip[i] += across(sum_skip[i], lanes);
-                sum_bias[i] += across(sum_bias[i], lanes);
+            const float* cell = shared + mine.cell + i * PASS * ROW;
+            const Four in = read4(cell + U * ROW), out = read4(cell + DY * ROW);
+            for (int k = 0; k < 4; ++k) sum_skip[i] = fmaf(out.at[k], in.at[k], sum_skip[i]);
+        }
+        group_sync();  // before dy is written over
+#pragma unroll 1
+        for (int q = SUB / STEPS - 1; q >= 0; --q) {
+            for (int r = 0; r < CHANNELS; ++r) {
+                const Four from = read4(entered + (q * CHANNELS + r) * THREADS * STATES);
+                for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
             }
-            if (mine.share.quad == 0) {
-                vectors[mine.share.segment * 2 * D + mine.share.row + i * PASS] = sum_skip[i];
-                vectors[(mine.share.segment * 2 + 1) * D + mine.share.row + i * PASS] = sum_bias[i];
+            walk_back(lane, rows + DELTA * ROW, rows + W * ROW, rows + DY * ROW, rows + B_ROW * ROW,
+                      rows + C_ROW * ROW, dm, dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
+        }
+        group_sync();
+        // Gradients of the pre-activations over w, those of x that bypass the projections over delta.
+        bool exists[4];
+        for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
+        for (int i = 0; i < CHANNEL_ROWS; ++i) {
+            float* cell = shared + mine.cell + i * PASS * ROW;
+            const Four in = read4(cell + U * ROW), steps = read4(cell + DELTA * ROW);
+            const Four by_input = read4(cell + W * ROW), by_decay = read4(cell + DY * ROW);
+            Four ddelta, direct;
+            for (int k = 0; k < 4; ++k) {
+                const float by_delta = fmaf(in.at[k], by_input.at[k], by_decay.at[k]);
+                ddelta.at[k] = exists[k] ? by_delta * softplus_slope(steps.at[k]) : 0.0f;
+                sum_bias[i] += ddelta.at[k];
+                direct.at[k] = steps.at[k] * by_input.at[k];
+            }
+            write4(cell + W * ROW, ddelta);
+            write4(cell + DELTA * ROW, direct);
+        }
+        if (!IN_PLACE) {
+            const Share own;
+            for (int i = 0; i < STATE_ROWS; ++i) {
+                if (own.row + i * PASS >= N) continue;
+                for (int m = 0; m < 2; ++m) {
+                    float* cell = shared + mine.cell + (m * N + i * PASS) * ROW;
+                    Four sum = {};
+                    for (int p = 0; p < PARTS; ++p) {
+                        const Four one = read4(cell + (SUMS + p * 2 * N) * ROW);
+                        for (int k = 0; k < 4; ++k) sum.at[k] += one.at[k];
+                    }
+                    write4(cell + B_ROW * ROW, sum);
+                }
             }
         }
-        __syncthreads();
-        for (int index = threadIdx.x; index < D * N; index += THREADS) {
-            float sum = 0.0f;
-            for (int segment = 0; segment < SEGMENTS; ++segment) sum += shared[segment * D * N + index];
-            const int row = index / N, n = index % N;
-            if (row < map.d && n < map.states) dA[(partial * map.d + row) * map.states + n] = sum;
+        LoadedMap<float> given;  // again: the walk wrote over it
+        given.read(dy, share, position, map.d);
+        in.read(x, share, path, cursor, map.d);
+        if (RUN == 1 || !last) out.read(dy, share, path, cursor, map.d);
+        group_sync();
+        products_back(map, weights, shared, sums);
+        group_sync();
+        for (int i = 0; i < 2; ++i) {
+            const int channel = share.channel[i];
+            const Four by = read4(weights + SKIP + channel);
+            const float* cell = shared + share.cell(BACKWARD_ROWS, i);
+            Four out;
+            for (int k = 0; k < 4; ++k) out.at[k] = fmaf(by.at[k], given.v[i].at(k), cell[(DELTA + k) * ROW]);
+            write_map(dx, position[i], channel, map.d, out);
         }
-        for (int index = threadIdx.x; index < 2 * D; index += THREADS) {
-            float sum = 0.0f;
-            for (int segment = 0; segment < SEGMENTS; ++segment) sum += vectors[segment * 2 * D + index];
-            if (index % D < map.d) (index < D ? dskip : dbias)[partial * map.d + index % D] = sum;
-        }
-        __syncthreads();
+        group_sync();
+        run -= last;
+        step = last ? 0 : step + 1;
     }
+
+    // The block's sums, by way of the shared rows.
+    __syncthreads();
+    const long long partial = ((long long)where.batch * map.spans + where.span) * 4 + where.direction;
+    const int group = threadIdx.x / GROUP, warp = threadIdx.x % GROUP / 32;
+    constexpr int GROUPS = THREADS / GROUP, PER_GROUP = (2 * N + RANK) * D + D * RANK;
+    float* own = shared + group * PER_GROUP;
+    for (int n = 0; n < COLUMN_TILES; ++n)
+        for (int m = 0; m < 3; ++m)
+            each_pair(sums.rows[m][n], [&](int row, int c, float a, float b) {
+                if (m < 2 || row < RANK) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
+            });
+    each_pair(sums.lift, [&](int c, int r, float a, float b) {
+        if (c < D) write2(own + (2 * N + RANK) * D + (warp * 16 + c) * RANK + r, a, b);
+    });
+    __syncthreads();
+    for (int index = threadIdx.x; index < PER_GROUP; index += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < GROUPS; ++i) sum += shared[i * PER_GROUP + index];
+        if (index < (2 * N + RANK) * D) {
+            const int row = index / D, c = index % D, n = row % N;
+            const bool low = row >= 2 * N;
+            const int to = low ? row - 2 * N : map.rank + row / N * map.states + n;
+            if (c < map.d && (low ? to < map.rank : n < map.states))
+                dx_proj[(partial * (map.rank + 2 * map.states) + to) * map.d + c] = sum;
+        } else {
+            const int c = (index - (2 * N + RANK) * D) / RANK, r = index % RANK;
+            if (c < map.d && r < map.rank) ddt_projs[(partial * map.d + c) * map.rank + r] = sum;
+        }
+    }
+    __syncthreads();
+    float* vectors = shared + SEGMENTS * D * N;
+    for (int r = 0; r < CHANNELS; ++r)
+        for (int j = 0; j < STATES; ++j)
+            shared[(lane.segment * D + lane.channel[r]) * N + lane.state[j]] = sum_dA[r][j];
+    for (int i = 0; i < CHANNEL_ROWS; ++i) {
+        for (int lanes = 1; lanes < SUB / 4; lanes *= 2) {
+            sum_skip[i] += across(sum_skip[i], lanes);
+            sum_bias[i] += across(sum_bias[i], lanes);
+        }
+        if (mine.share.quad == 0) {
+            vectors[mine.share.segment * 2 * D + mine.share.row + i * PASS] = sum_skip[i];
+            vectors[(mine.share.segment * 2 + 1) * D + mine.share.row + i * PASS] = sum_bias[i];
+        }
+    }
+    __syncthreads();
+    for (int index = threadIdx.x; index < D * N; index += THREADS) {
+        float sum = 0.0f;
+        for (int segment = 0; segment < SEGMENTS; ++segment) sum += shared[segment * D * N + index];
+        const int row = index / N, n = index % N;
+        if (row < map.d && n < map.states) dA[(partial * map.d + row) * map.states + n] = sum;
+    }
+    for (int index = threadIdx.x; index < 2 * D; index += THREADS) {
+        float sum = 0.0f;
+        for (int segment = 0; segment < SEGMENTS; ++segment) sum += vectors[segment * 2 * D + index];
+        if (index % D < map.d) (index < D ? dskip : dbias)[partial * map.d + index % D] = sum;
+    }
+    __syncthreads();
+}
+
+// Sums of what the four directions wrote, (4, size), an element a thread.
+__device__ __forceinline__ float sum_directions(const float* maps, long long i, long long size) {
+    return maps[i] + maps[i + size] + (maps[i + 2 * size] + maps[i + 3 * size]);
+}
+
+extern "C" __global__ void sum_outputs(const float* maps, float* to, long long size) {
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) to[i] = sum_directions(maps, i, size);
+}
+
+extern "C" __global__ void sum_gradients(const float* maps, Input* to, long long size) {
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) to[i] = narrow(sum_directions(maps, i, size));
 }

@@ -5,22 +5,6 @@ constexpr int THREADS = 256;
 
 typedef FourInputs Quad;
 
-__device__ __forceinline__ Input narrow(float x) {
-#if INPUT == 0
-    return x;
-#elif defined(EMULATED)
-    return INPUT == 1 ? emulated_narrow_half(x) : emulated_narrow_bfloat(x);
-#elif INPUT == 1
-    Input y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-#else
-    Input y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-#endif
-}
-
 __device__ __forceinline__ Quad narrow4(const Four& v) {
     Quad q;
     for (int k = 0; k < 4; ++k) q.at[k] = narrow(v.at[k]);
