@@ -15,12 +15,10 @@ SUB, ROW, STEPS = 16, 20, 4
 """Positions in shared memory at once, floats from row to row, positions done at once."""
 INPUTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CHANNELS = 128
-ONE_CHUNK = 256
-"""Positions up to which a sequence may be one chunk."""
-LONG = 8
-"""Blocks of SUB positions of a chunk in a long sequence."""
-FULL = 528
-"""Blocks that fill a large GPU: 132 processors that hold four each. Fewer leave it idle, a few more run after all others."""
+FULL = 132 * 512
+"""Threads that fill a large GPU: 132 processors that hold 512. Fewer leave it idle, a few more run after all others."""
+WHOLE = 132 * 186
+"""Threads from which on whole sequences are walked, though they fill less of such a GPU."""
 MAX_POSITIONS = 2**30
 """Of a sequence: positions are 32-bit, and so are those a work item behind the last."""
 MAX_SEQUENCES = 2**27
@@ -46,7 +44,7 @@ class Block:
     @property
     def segments(self) -> int:
         """Chunks walked side by side."""
-        return max(1, 64 // self.D)
+        return 64 // self.D if self.D < 32 else 1
 
     @property
     def threads(self) -> int:
@@ -69,22 +67,16 @@ class Block:
         return self.threads * 8 * 4
 
 
-def chunk_subs(length: int, segments: int, sequences: int) -> int:
+def chunk_subs(length: int, sequences: int, block: Block, longest: int) -> int:
     """Blocks of SUB positions of a chunk: the longer, the fewer summaries, but few sequences want many chunks.
 
-    A short sequence is one chunk, and needs no summary, where there are enough of them or it is very short.
+    A sequence is one chunk, and needs no summary, where there are enough of them or it is very short. Otherwise it is
+    ``longest`` at most.
     """
-    if segments == 1 and length <= (ONE_CHUNK if sequences >= FULL // 4 else ONE_CHUNK // 4):
+    if block.segments == 1 and (sequences * block.threads >= WHOLE or length <= 4 * SUB):
         return ceil_div(length, SUB)
-    return min(LONG, ceil_div(length * sequences, segments * SUB * FULL))
-
-
-def long_chunk_subs(length: int, segments: int, sequences: int) -> int:
-    """As ``chunk_subs``, of a kernel that loses nothing by chunks twice as long, where there are many blocks."""
-    subs = chunk_subs(length, segments, sequences)
-    blocks = sequences * ceil_div(length, 2 * segments * subs * SUB)
-    is_one_chunk = length <= segments * subs * SUB
-    return 2 * subs if subs == LONG and blocks >= 4 * FULL and not is_one_chunk else subs
+    positions = ceil_div(length * sequences * block.threads, block.segments * FULL)  # of a chunk, for a full GPU
+    return min(longest, ceil_div(positions, SUB))
 
 
 def max_shared(like: Tensor) -> int:

@@ -22,6 +22,8 @@ from .cuda_block import (
 from .nvrtc import launch
 
 FILES = ("four.cuh", "walk.cuh", "input.cuh", "scan_1d.cu")
+LONG = 8
+"""Blocks of SUB positions of a chunk at most, where a sequence is several."""
 COMBINING_WARPS, CHUNKS_A_WARP = 16, 32
 """Of a block that combines summaries, at most; of a warp at once: ``AHEAD`` in ``walk.cuh``."""
 
@@ -43,7 +45,7 @@ class Plan:
         self.block = Block.of(group_dim)
         D, segments = self.block.D, self.block.segments
         self.blocks = ceil_div(group_dim, D)
-        subs = chunk_subs(length, segments, self.batch * groups * self.blocks)
+        subs = chunk_subs(length, self.batch * groups * self.blocks, self.block, LONG)
         self.spans = ceil_div(length, segments * subs * SUB)
         self.chunks = self.spans * segments
         self.grid = self.batch * groups * self.blocks * self.spans

@@ -17,13 +17,15 @@ from .cuda_block import (
     SUB,
     Block,
     ceil_div,
-    long_chunk_subs,
+    chunk_subs,
     max_shared,
 )
 from .cuda_scan_1d import combine
 from .nvrtc import launch
 
 FILES = ("four.cuh", "walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu")
+LONG = 16
+"""Blocks of SUB positions of a chunk at most, where a path is several."""
 RANK = 8
 """Shared rows for dt: the rank at most."""
 
@@ -61,7 +63,7 @@ class Plan:
     def __init__(self, x: Tensor, rank: int, states: int) -> None:
         self.batch, height, width, self.d = x.shape
         self.block = Block.of(self.d)
-        self.subs = long_chunk_subs(height * width, self.block.segments, 4 * self.batch)
+        self.subs = chunk_subs(height * width, 4 * self.batch, self.block, LONG)
         self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
         self.chunks = self.spans * self.block.segments
         self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)

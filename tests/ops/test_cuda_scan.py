@@ -38,7 +38,8 @@ def libraries(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
     """What a kernel leaves unwritten is NaN; chunks of several sub-blocks; without a GPU the sources run on the CPU."""
-    monkeypatch.setattr(cuda_block, "FULL", 2)
+    monkeypatch.setattr(cuda_block, "FULL", 256)
+    monkeypatch.setattr(cuda_scan_2d, "LONG", 3)
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     if DEVICE.type == "cpu":
@@ -99,7 +100,7 @@ def test_1d_sequence_of_several_blocks():
 
 @emulated
 def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
-    monkeypatch.setattr(cuda_block, "FULL", 512)
+    monkeypatch.setattr(cuda_block, "FULL", 1 << 16)
     assert cuda_scan_1d.Plan(torch.empty(1, 8, 200), 1, 16, True).sizes.subs == 1
     check_1d(sequences(1, 8, 200, 1, 16))
     check_2d(maps(1, 16, 17, 8, 1, 16))
@@ -108,7 +109,7 @@ def test_few_sequences_have_chunks_of_one_sub_block(monkeypatch):
 @emulated
 @pytest.mark.parametrize("warps", [1, 2, 16])
 def test_more_chunks_than_a_warp_combines_at_once(monkeypatch, warps):
-    monkeypatch.setattr(cuda_block, "FULL", 512)
+    monkeypatch.setattr(cuda_block, "FULL", 1 << 16)
     monkeypatch.setattr(cuda_scan_1d, "COMBINING_WARPS", warps)
     assert cuda_scan_1d.Plan(torch.empty(2, 24, 1100), 3, 16, True).chunks > 64
     check_1d(sequences(2, 24, 1100, 3, 16))
@@ -226,6 +227,16 @@ def test_2d_needs_shared_memory_for_a_block(monkeypatch):
 def test_2d_a_chunk_of_an_odd_number_of_sub_blocks():
     inputs = maps(1, 5, 9, 64, 1, 16)
     assert cuda_scan_2d.Plan(inputs["x"], 1, 16).subs == 3
+    check_2d(inputs)
+
+
+@emulated
+@pytest.mark.parametrize(("channels", "rank"), [(32, 1), (64, 2)])
+def test_2d_whole_paths_of_a_batch(monkeypatch, channels, rank):
+    inputs = maps(2, 9, 8, channels, rank, 16)
+    assert cuda_scan_2d.Plan(inputs["x"], rank, 16).chunks > 1
+    monkeypatch.setattr(cuda_block, "WHOLE", 8 * 2 * channels)
+    assert cuda_scan_2d.Plan(inputs["x"], rank, 16).chunks == 1
     check_2d(inputs)
 
 

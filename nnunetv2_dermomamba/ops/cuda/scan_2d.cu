@@ -330,15 +330,16 @@ struct Where {
     }
 };
 
-// Row of a lane's channel among the chunks' states (batch, 4, chunks, d, N).
-__device__ __forceinline__ long long chunk_row(const Map& map, const Lane& lane, int r) {
-    return ((long long)blockIdx.x * SEGMENTS + lane.segment) * map.d + lane.channel[r];
+// Row of the first channel of a lane's chunk among the chunks' states (batch, 4, chunks, d, N).
+__device__ __forceinline__ long long chunk_row(const Map& map, const Lane& lane) {
+    return ((long long)blockIdx.x * SEGMENTS + lane.segment) * map.d;
 }
 
 __device__ __forceinline__ void read_chunk(const float* states, const Map& map, const Lane& lane, Tile& h) {
+    states += chunk_row(map, lane) * N;
     for (int r = 0; r < CHANNELS; ++r)
         for (int j = 0; j < STATES; ++j)
-            h[r][j] = lane.channel[r] < map.d ? states[chunk_row(map, lane, r) * N + lane.state[j]] : 0.0f;
+            h[r][j] = lane.channel[r] < map.d ? states[lane.channel[r] * N + lane.state[j]] : 0.0f;
 }
 
 template <bool ADJOINT>
@@ -384,7 +385,7 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
     }
     for (int r = 0; r < CHANNELS; ++r) {
         if (lane.channel[r] >= map.d) continue;
-        const long long row = chunk_row(map, lane, r);
+        const long long row = chunk_row(map, lane) + lane.channel[r];
         if (threadIdx.x / 2 % 2 == 0) total[row] = sum[r];
         for (int j = 0; j < STATES; ++j) state[row * N + lane.state[j]] = h[r][j];
     }

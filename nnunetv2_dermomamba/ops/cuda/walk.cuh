@@ -18,7 +18,7 @@ constexpr int STEPS = 4;   // done at once
 constexpr int SUB = 16;    // positions of a segment in shared memory
 constexpr int ROW = SUB + 4;  // floats from row to row: adjacent rows start in different banks
 constexpr int THREADS_A_SEGMENT = D / CHANNELS * (N / STATES);
-constexpr int SEGMENTS = THREADS_A_SEGMENT < 128 ? 128 / THREADS_A_SEGMENT : 1;
+constexpr int SEGMENTS = THREADS_A_SEGMENT < 64 ? 128 / THREADS_A_SEGMENT : 1;
 constexpr int THREADS = THREADS_A_SEGMENT * SEGMENTS;
 // Threads that share shared rows: the warps of a segment, or the segments of a warp.
 constexpr int GROUP = THREADS_A_SEGMENT > 32 ? THREADS_A_SEGMENT : 32;
