@@ -36,14 +36,20 @@ class Map(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int) for n in ("height", "width", "d", "rank", "states", "spans", "subs")]
 
 
+def _is_lifted(block: Block) -> bool:
+    """Whether ``dt_projs_weight`` is multiplied into ``x_proj_weight``: ``LIFTED`` in ``scan_2d.cu``."""
+    return block.D <= 16
+
+
 def _rows(block: Block) -> int:
-    """Shared rows of a segment: u, delta, w, B, C and dt."""
-    return 3 * block.D + 2 * STATES + RANK
+    """Shared rows of a segment: u, delta, w, B, C and, where delta is not projected itself, dt."""
+    return 3 * block.D + 2 * STATES + (0 if _is_lifted(block) else RANK)
 
 
 def _weights_bytes(block: Block) -> int:
     """Bytes of a direction's weights in shared memory."""
-    return 4 * ((RANK + 2 * STATES) * (block.D + 4) + block.D * (RANK + 1))
+    dt_rows, lift = (block.D, 0) if _is_lifted(block) else (RANK, block.D * RANK)
+    return 4 * ((dt_rows + 2 * STATES) * (block.D + 4) + lift + block.D)
 
 
 def _run(block: Block) -> int:
@@ -53,7 +59,7 @@ def _run(block: Block) -> int:
 
 def _backward_bytes(block: Block) -> int:
     """Bytes of a block's shared memory in the backward kernel, which has states of every STEPS of a run."""
-    rows = _rows(block) + RANK + 4 + block.D + block.summed_rows
+    rows = _rows(block) + (0 if _is_lifted(block) else RANK) + 4 + block.D + block.summed_rows
     return block.rows_bytes(rows) + _weights_bytes(block) + _run(block) * SUB // STEPS * block.states_bytes
 
 
@@ -149,8 +155,22 @@ def scan_2d_backward(
     with torch.cuda.device_of(x):
         adjoints = plan.summaries("adjoint_2d", A, x, dy, *weights)
         dx = A.new_empty(4, *x.shape)
-        sums = [A.new_empty(plan.batch * plan.spans, *m.shape) for m in (*weights, A, Ds)]
-        shared = _backward_bytes(plan.block)
-        plan.launch("backward_2d", shared, dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
+        lifted = _is_lifted(plan.block)
+        of_dt = dt_projs_weight.shape if not lifted else (4, plan.d, plan.d)
+        shapes = (x_proj_weight.shape, of_dt, dt_projs_bias.shape, A.shape, Ds.shape)
+        sums = [A.new_empty(plan.batch * plan.spans, *shape) for shape in shapes]
+        plan.launch("backward_2d", _backward_bytes(plan.block), dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
         dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
+        if lifted:
+            dx_dt, ddt_projs = _factors_gradients(ddt_projs, x_proj_weight, dt_projs_weight)
+            dx_proj[:, : dx_dt.shape[1]] = dx_dt
         return plan.sum("sum_gradients", dx, torch.empty_like(x)), dx_proj, ddt_projs, dbias, dA, dDs
+
+
+def _factors_gradients(gradient: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows of dt in ``x_proj_weight`` and of ``dt_projs_weight``, from that of their product, (4, d, d).
+
+    By elements: small, and a matrix product's precision depends on PyTorch's settings.
+    """
+    dt_rows = x_proj_weight[:, : dt_projs_weight.shape[2]]
+    return (dt_projs_weight[..., None] * gradient[:, :, None]).sum(1), (gradient[:, :, None] * dt_rows[:, None]).sum(3)

@@ -11,16 +11,23 @@ struct Map {
     int subs;   // blocks of SUB positions a chunk
 };
 
-constexpr int RANK = 8;         // rows of dt at most
+constexpr int RANK = 8;         // of dt at most
 constexpr int WEIGHT = D + 4;   // floats from row to row of the weights in shared memory: other banks
 constexpr int HALVES = SUB / 8;  // tiles of eight positions a segment
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
 constexpr int RUN = D == 8 ? 1 : 2;
-constexpr int LIFT = (RANK + 2 * N) * WEIGHT, SKIP = LIFT + D * RANK, WEIGHT_FLOATS = SKIP + D;
+// Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
+// which in a product of sixteen rows cost nothing. What is projected is then the pre-activation of delta.
+constexpr bool LIFTED = D <= 16;
+constexpr int DT_ROWS = LIFTED ? D : RANK;
+// The weights: rows of dt, of B and of C; dt_projs_weight as (D, RANK) where it is apart; Ds.
+constexpr int LIFT = (DT_ROWS + 2 * N) * WEIGHT, SKIP = LIFT + (LIFTED ? 0 : D * RANK), WEIGHT_FLOATS = SKIP + D;
 
 // Shared rows of a segment. Those of dy, and of what the backward pass sums, are its own.
-constexpr int U = 0, DELTA = D, W = 2 * D, B_ROW = 3 * D, C_ROW = 3 * D + N, DT = 3 * D + 2 * N, ROWS = DT + RANK;
-constexpr int DDT = ROWS, DY = DDT + RANK + 4;  // four more than W modulo eight: in other banks
+constexpr int U = 0, DELTA = D, W = 2 * D, B_ROW = 3 * D, C_ROW = 3 * D + N;
+constexpr int DT = LIFTED ? DELTA : 3 * D + 2 * N, ROWS = 3 * D + 2 * N + (LIFTED ? 0 : RANK);
+constexpr int DDT = LIFTED ? W : ROWS;                       // gradients of DT's rows
+constexpr int DY = (LIFTED ? ROWS : ROWS + RANK) + 4;  // four more than W modulo eight: in other banks
 constexpr int SUMS = DY + D;
 constexpr int BACKWARD_ROWS = SUMS + (IN_PLACE ? 0 : PARTS * 2 * N);
 
@@ -146,34 +153,47 @@ struct LoadedMap {
     }
 };
 
-// A direction's weights in shared memory: rows of dt (RANK, zeros behind the last), B and C of x_proj_weight, and
-// dt_projs_weight as (D, RANK); Ds where there is any. All are on their way before the first is written.
+// Four weights of a direction's row among those in shared memory, from channel c.
+__device__ __forceinline__ Four read_weights(const float* x_proj, const float* dt_projs, const Map& map, int row, int c) {
+    const auto of = [&](int source) {
+        Four v = {};
+        if (WHOLE) return read4(x_proj + source * D + c);
+        for (int k = 0; k < 4; ++k)
+            if (c + k < map.d) v.at[k] = x_proj[source * map.d + c + k];
+        return v;
+    };
+    if (row >= DT_ROWS) {
+        const int n = (row - DT_ROWS) % N;
+        return n < map.states ? of(map.rank + (row - DT_ROWS) / N * map.states + n) : Four{};
+    }
+    if (!LIFTED) return row < map.rank ? of(row) : Four{};
+    Four sum = {};
+    if (row < map.d)
+        for (int r = 0; r < map.rank; ++r) {
+            const Four v = of(r);
+            for (int k = 0; k < 4; ++k) sum.at[k] = fmaf(dt_projs[row * map.rank + r], v.at[k], sum.at[k]);
+        }
+    return sum;
+}
+
+// A direction's weights in shared memory. All are on their way before the first is written.
 __device__ __forceinline__ void stage_weights(const float* x_proj, const float* dt_projs, const float* skip,
                                               const Map& map, int direction, float* weights) {
-    constexpr int QUADS = (RANK + 2 * N) * D / 4, LIFTS = D * RANK;
-    Four quads[(QUADS + THREADS - 1) / THREADS] = {};
-    float lifts[(LIFTS + THREADS - 1) / THREADS] = {};
-    const float* from = x_proj + direction * (map.rank + 2 * map.states) * map.d;
+    constexpr int QUADS = (DT_ROWS + 2 * N) * D / 4, LIFTS = LIFTED ? 0 : D * RANK;
+    Four quads[(QUADS + THREADS - 1) / THREADS];
+    float lifts[(LIFTS + THREADS - 1) / THREADS + 1] = {};
+    x_proj += direction * (map.rank + 2 * map.states) * map.d;
+    dt_projs += direction * map.d * map.rank;
 #pragma unroll
     for (int first = 0; first < QUADS; first += THREADS) {
-        const int row = (first + threadIdx.x) * 4 / D, c = (first + threadIdx.x) * 4 % D;
-        int source = row < map.rank ? row : -1;
-        if (row >= RANK) {
-            const int n = (row - RANK) % N;
-            source = n < map.states ? map.rank + (row - RANK) / N * map.states + n : -1;
-        }
-        if (source < 0 || row >= RANK + 2 * N) continue;
-        if (WHOLE)
-            quads[first / THREADS] = read4(from + source * D + c);
-        else
-            for (int k = 0; k < 4; ++k)
-                if (c + k < map.d) quads[first / THREADS].at[k] = from[source * map.d + c + k];
+        const int index = first + threadIdx.x;
+        if (index < QUADS)
+            quads[first / THREADS] = read_weights(x_proj, dt_projs, map, index * 4 / D, index * 4 % D);
     }
 #pragma unroll
     for (int first = 0; first < LIFTS; first += THREADS) {
         const int c = (first + threadIdx.x) / RANK, r = (first + threadIdx.x) % RANK;
-        if (c < map.d && r < map.rank)
-            lifts[first / THREADS] = dt_projs[(direction * map.d + c) * map.rank + r];
+        if (c < map.d && r < map.rank) lifts[first / THREADS] = dt_projs[c * map.rank + r];
     }
     for (int c = threadIdx.x; c < D; c += THREADS)
         weights[SKIP + c] = skip && c < map.d ? skip[direction * map.d + c] : 0.0f;
@@ -226,10 +246,10 @@ __device__ __forceinline__ void project(float* shared, const float* weights, int
         for (int tile = 0; tile < COUNT; ++tile) {
             if (tile % tiles.step != tiles.first) continue;
             const int kind = tile == 0 ? 0 : WITH_B && tile == 1 ? 1 : 2;  // dt, B, C
-            const float* from = weights + (kind == 0 ? 0 : RANK + (kind - 1) * N) * WEIGHT + first;
+            const float* from = weights + (kind == 0 ? 0 : DT_ROWS + (kind - 1) * N) * WEIGHT + first;
 #pragma unroll
             for (int k = 0; k < AHEAD; ++k) {
-                const Left a(from + 8 * k, WEIGHT, 1, kind == 0 ? RANK : 16, 8);
+                const Left a(from + 8 * k, WEIGHT, 1, kind == 0 ? DT_ROWS : 16, 8);
 #pragma unroll
                 for (int unit = 0; unit < UNITS; ++unit) multiply(sums[tile][unit], a, u[k][unit]);
             }
@@ -244,7 +264,7 @@ __device__ __forceinline__ void project(float* shared, const float* weights, int
         for (int unit = 0; unit < UNITS; ++unit) {
             float* at = shared + unit_at(tiles, unit, rows) + to * ROW;
             each_pair(sums[tile][unit], [&](int m, int n, float a, float b) {
-                if (kind != 0 || m < RANK) write2(at + m * ROW + n, a, b);
+                if (kind != 0 || m < DT_ROWS) write2(at + m * ROW + n, a, b);
             });
         }
     }
@@ -276,10 +296,12 @@ __device__ __forceinline__ void make_steps(const RowShare& mine, const Path& pat
     bool exists[4];
     for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
     float raw[CHANNEL_ROWS][4];
-    for (int i = 0; i < CHANNEL_ROWS; ++i)
-        for (int k = 0; k < 4; ++k) raw[i][k] = mine.bias[i];
+    for (int i = 0; i < CHANNEL_ROWS; ++i) {
+        const Four lifted = LIFTED ? read4(shared + mine.cell + (DT + i * PASS) * ROW) : Four{};
+        for (int k = 0; k < 4; ++k) raw[i][k] = mine.bias[i] + lifted.at[k];
+    }
 #pragma unroll 1
-    for (int r = 0; r < map.rank; ++r) {
+    for (int r = 0; r < (LIFTED ? 0 : map.rank); ++r) {
         const Four dt = read4(shared + mine.cell + (DT + r - mine.share.row) * ROW);
         for (int i = 0; i < CHANNEL_ROWS; ++i) {
             const float by = lift[(mine.share.row + i * PASS) * RANK + r];
@@ -461,7 +483,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     }
 }
 
-// Sums of a warp's products over positions: gradients of the projections' rows (B, C, dt) and of dt_projs_weight.
+// Sums of a warp's products over positions: gradients of the projections' rows (B, C, dt) and, where it is apart, of
+// dt_projs_weight.
 constexpr int COLUMN_TILES = D == 8 ? 1 : 2;  // of eight channels a warp
 struct WeightSums {
     float rows[3][COLUMN_TILES][4] = {};
@@ -472,7 +495,7 @@ struct WeightSums {
 __device__ __forceinline__ void products_back(const Map& map, const float* weights, float* shared, WeightSums& sums) {
     const Tiles tiles;
     const float* lift = weights + LIFT;
-    if (tiles.first == 0) {  // ddt = dt_projs_weight^T ddelta
+    if (!LIFTED && tiles.first == 0) {  // ddt = dt_projs_weight^T ddelta
         float ddt[UNITS][4] = {};
 #pragma unroll(D < 64 ? D / 8 : 4)
         for (int k = 0; k < D; k += 8) {
@@ -491,12 +514,12 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
             });
         }
     }
-    group_sync();
+    if (!LIFTED) group_sync();
     for (int tile = tiles.first; tile * 16 < D; tile += tiles.step) {  // dx += x_proj_weight^T (dB, dC, ddt)
         float dx[UNITS][4] = {};
 #pragma unroll
-        for (int k = 0; k < 2 * N + RANK; k += 8) {
-            const int from = k < 2 * N ? RANK + k : 0, row = k < 2 * N ? B_ROW + k : DDT;
+        for (int k = 0; k < 2 * N + DT_ROWS; k += 8) {
+            const int from = k < 2 * N ? DT_ROWS + k : k - 2 * N, row = k < 2 * N ? B_ROW + k : DDT + k - 2 * N;
             const Left a(weights + from * WEIGHT + tile * 16, 1, WEIGHT, D < 16 ? D : 16, 8);
 #pragma unroll
             for (int unit = 0; unit < UNITS; ++unit) {
@@ -524,9 +547,10 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
             for (int n = 0; n < COLUMN_TILES; ++n)
                 u[n] = Right<HALF_INPUT>(rows + (U + (warp * COLUMN_TILES + n) * 8) * ROW + k, 1, ROW);
             for (int m = 0; m < 3; ++m) {
-                const Left a(rows + (m < 2 ? B_ROW + m * N : DDT) * ROW + k, ROW, 1, m < 2 ? 16 : RANK, 8);
+                const Left a(rows + (m < 2 ? B_ROW + m * N : DDT) * ROW + k, ROW, 1, m < 2 ? 16 : DT_ROWS, 8);
                 for (int n = 0; n < COLUMN_TILES; ++n) multiply(sums.rows[m][n], a, u[n]);
             }
+            if (LIFTED) continue;
             const Left ddelta(rows + (W + warp * 16) * ROW + k, ROW, 1, D < 16 ? D : 16, 8);
             const Right<false> dt(rows + DT * ROW + k, 1, ROW);
             multiply(sums.lift, ddelta, dt);
@@ -534,7 +558,8 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
     }
 }
 
-// dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...).
+// dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...), dt's in
+// ``ddt_projs`` where the weights are LIFTED, which is then (batch, spans, 4, d, d).
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
                 const float* A, const float* skip, const float* kept, const float* adjoints, float* dx,
@@ -679,28 +704,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     const long long partial = ((long long)where.batch * map.spans + where.span) * 4 + where.direction;
     const int group = threadIdx.x / GROUP, warp = threadIdx.x % GROUP / 32;
-    constexpr int GROUPS = THREADS / GROUP, PER_GROUP = (2 * N + RANK) * D + D * RANK;
+    constexpr int GROUPS = THREADS / GROUP, PROJECTIONS = (2 * N + DT_ROWS) * D;
+    constexpr int PER_GROUP = PROJECTIONS + (LIFTED ? 0 : D * RANK);
     float* own = shared + group * PER_GROUP;
     for (int n = 0; n < COLUMN_TILES; ++n)
         for (int m = 0; m < 3; ++m)
             each_pair(sums.rows[m][n], [&](int row, int c, float a, float b) {
-                if (m < 2 || row < RANK) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
+                if (m < 2 || row < DT_ROWS) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
             });
-    each_pair(sums.lift, [&](int c, int r, float a, float b) {
-        if (c < D) write2(own + (2 * N + RANK) * D + (warp * 16 + c) * RANK + r, a, b);
-    });
+    if (!LIFTED)
+        each_pair(sums.lift, [&](int c, int r, float a, float b) {
+            if (c < D) write2(own + PROJECTIONS + (warp * 16 + c) * RANK + r, a, b);
+        });
     __syncthreads();
     for (int index = threadIdx.x; index < PER_GROUP; index += THREADS) {
         float sum = 0.0f;
         for (int i = 0; i < GROUPS; ++i) sum += shared[i * PER_GROUP + index];
-        if (index < (2 * N + RANK) * D) {
-            const int row = index / D, c = index % D, n = row % N;
-            const bool low = row >= 2 * N;
-            const int to = low ? row - 2 * N : map.rank + row / N * map.states + n;
-            if (c < map.d && (low ? to < map.rank : n < map.states))
+        if (index < PROJECTIONS) {
+            const int row = index / D, c = index % D, n = row % N, low = row - 2 * N;
+            if (c >= map.d) continue;
+            if (LIFTED && low >= 0) {
+                if (low < map.d) ddt_projs[(partial * map.d + low) * map.d + c] = sum;
+            } else if (low >= 0 ? low < map.rank : n < map.states) {
+                const int to = low >= 0 ? low : map.rank + row / N * map.states + n;
                 dx_proj[(partial * (map.rank + 2 * map.states) + to) * map.d + c] = sum;
+            }
         } else {
-            const int c = (index - (2 * N + RANK) * D) / RANK, r = index % RANK;
+            const int c = (index - PROJECTIONS) / RANK, r = index % RANK;
             if (c < map.d && r < map.rank) ddt_projs[(partial * map.d + c) * map.rank + r] = sum;
         }
     }
