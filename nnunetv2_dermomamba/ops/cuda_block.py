@@ -17,8 +17,9 @@ INPUTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CHANNELS = 128
 FULL = 132 * 512
 """Threads that fill a large GPU: 132 processors that hold 512. Fewer leave it idle, a few more run after all others."""
-WHOLE = 132 * 186
-"""Threads from which on whole sequences are walked, though they fill less of such a GPU."""
+WHOLE = 24_000
+"""Threads from which on whole sequences are walked, though they fill a third of such a GPU: measured, summaries cost
+more than that."""
 MAX_POSITIONS = 2**30
 """Of a sequence: positions are 32-bit, and so are those a work item behind the last."""
 MAX_SEQUENCES = 2**27
@@ -43,7 +44,7 @@ class Block:
 
     @property
     def segments(self) -> int:
-        """Chunks walked side by side."""
+        """Chunks walked side by side: of few channels, as many as make 128 threads."""
         return 64 // self.D if self.D < 32 else 1
 
     @property
