@@ -26,6 +26,8 @@ from .nvrtc import launch
 FILES = ("four.cuh", "walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu")
 LONG = 16
 """Blocks of SUB positions of a chunk at most, where a path is several."""
+MANY_BLOCKS = 2048
+"""Of one direction, which keep a large GPU busy while the other directions wait."""
 RANK = 8
 """Shared rows for dt: the rank at most."""
 
@@ -33,7 +35,10 @@ RANK = 8
 class Map(ctypes.Structure):
     """As in ``scan_2d.cu``."""
 
-    _fields_ = [(n, ctypes.c_int) for n in ("height", "width", "d", "rank", "states", "spans", "subs")]
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("height", "width", "d", "rank", "states", "spans", "subs", "first", "directions")
+    ]
 
 
 def _is_lifted(block: Block) -> bool:
@@ -73,22 +78,30 @@ class Plan:
         self.spans = ceil_div(height * width, self.block.segments * self.subs * SUB)
         self.chunks = self.spans * self.block.segments
         self.shared = self.block.rows_bytes(_rows(self.block)) + _weights_bytes(self.block)
-        self.map = Map(height, width, self.d, rank, states, self.spans, self.subs)
+        self.sizes = (height, width, self.d, rank, states, self.spans, self.subs)
+        # of a backward launch: a direction alone adds to the map of those before it, which saves the memory of theirs
+        self.directions = 1 if self.batch * self.spans >= MANY_BLOCKS else 4
         self.definitions = {
             "D": self.block.D,
             "INPUT": INPUTS[x.dtype],
             "WHOLE": int(self.d == self.block.D),
         }
 
-    def launch(self, name: str, shared: int, *arguments: Tensor | None) -> None:
-        """Launch a kernel, a block for each span of a path."""
-        grid = 4 * self.batch * self.spans
-        launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, self.map)
+    def launch(self, name: str, shared: int, *arguments: Tensor | None, directions: int = 4) -> None:
+        """Launch a kernel for all directions, so many at once, with a block for each span of a path."""
+        for first in range(0, 4, directions):
+            grid = self.batch * directions * self.spans
+            sizes = Map(*self.sizes, first, directions)
+            launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, sizes)
 
-    def sum(self, name: str, maps: Tensor, to: Tensor) -> Tensor:
-        """Sum over the directions into ``to``."""
-        size = to.numel()
-        launch(FILES, self.definitions, name, ceil_div(size, 256), 256, 0, maps, to, ctypes.c_longlong(size))
+    def sum(self, name: str, maps: Tensor, kind: torch.dtype) -> Tensor:
+        """What the directions of a launch wrote as one map, in type ``kind``."""
+        if len(maps) == 1:
+            return maps[0].to(kind)
+        to = maps.new_empty(maps.shape[1:], dtype=kind)
+        launch(
+            FILES, self.definitions, name, ceil_div(to.numel(), 256), 256, 0, maps, to, ctypes.c_longlong(to.numel())
+        )
         return to
 
     def summaries(self, name: str, A: Tensor, *arguments: Tensor) -> Tensor:
@@ -136,7 +149,7 @@ def scan_2d_forward(
         shape = states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
         states = A.new_empty(shape)
         plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, states if keep else None, y)
-        return plan.sum("sum_outputs", y, torch.empty_like(y[0])), states
+        return plan.sum("sum_outputs", y, torch.float32), states
 
 
 def scan_2d_backward(
@@ -154,17 +167,18 @@ def scan_2d_backward(
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
         adjoints = plan.summaries("adjoint_2d", A, x, dy, *weights)
-        dx = A.new_empty(4, *x.shape)
+        dx = A.new_empty(plan.directions, *x.shape)
         lifted = _is_lifted(plan.block)
         of_dt = dt_projs_weight.shape if not lifted else (4, plan.d, plan.d)
         shapes = (x_proj_weight.shape, of_dt, dt_projs_bias.shape, A.shape, Ds.shape)
         sums = [A.new_empty(plan.batch * plan.spans, *shape) for shape in shapes]
-        plan.launch("backward_2d", _backward_bytes(plan.block), dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
+        arguments = (dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
+        plan.launch("backward_2d", _backward_bytes(plan.block), *arguments, directions=plan.directions)
         dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
         if lifted:
             dx_dt, ddt_projs = _factors_gradients(ddt_projs, x_proj_weight, dt_projs_weight)
             dx_proj[:, : dx_dt.shape[1]] = dx_dt
-        return plan.sum("sum_gradients", dx, torch.empty_like(x)), dx_proj, ddt_projs, dbias, dA, dDs
+        return plan.sum("sum_gradients", dx, x.dtype), dx_proj, ddt_projs, dbias, dA, dDs
 
 
 def _factors_gradients(gradient: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -241,6 +241,15 @@ def test_2d_whole_paths_of_a_batch(monkeypatch, channels, rank):
 
 
 @emulated
+@pytest.mark.parametrize("channels", [8, 20, 32])
+def test_2d_gradients_of_one_direction_after_the_other(monkeypatch, channels):
+    inputs = maps(2, 11, 13, channels, 1, 16)
+    monkeypatch.setattr(cuda_scan_2d, "MANY_BLOCKS", 2)
+    assert cuda_scan_2d.Plan(inputs["x"], 1, 16).directions == 1
+    check_2d(inputs)
+
+
+@emulated
 def test_2d_states_that_nobody_wants_are_not_written():
     inputs = maps(1, 5, 9, 8, 1, 16)
     y, states = cuda_scan_2d.scan_2d_forward(*inputs.values(), keep=False)

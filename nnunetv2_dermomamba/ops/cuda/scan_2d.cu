@@ -2,13 +2,14 @@
 // walk.cuh, input.cuh and products.cuh.
 //
 // A block projects SUB positions of each of its segments at a time into shared rows and walks them. Each direction has
-// its own blocks and writes its own map, so that sums need no atomics and repeat bit for bit. Compiled with
+// its own blocks, and its own map or its own launch, so that sums need no atomics and repeat bit for bit. Compiled with
 // -DWHOLE=<whether all D channels exist>.
 
 struct Map {
     int height, width, d, rank, states;
     int spans;  // of SEGMENTS chunks a path
     int subs;   // blocks of SUB positions a chunk
+    int first, directions;  // of a launch; one of later directions adds to what is there
 };
 
 constexpr int RANK = 8;         // of dt at most
@@ -333,32 +334,36 @@ __device__ __forceinline__ void read_decays(const float* A, const Map& map, int 
         }
 }
 
-// Which span of which path a block has: one of (batch, 4, spans).
+// Which span of which path a block has: one of (batch, directions, spans).
 struct Where {
     int span, direction, batch;
+    long long number;  // of (batch, 4, spans)
+
     __device__ __forceinline__ explicit Where(const Map& map) {
         span = blockIdx.x % map.spans;
-        direction = blockIdx.x / map.spans % 4;
-        batch = blockIdx.x / map.spans / 4;
+        direction = map.first + blockIdx.x / map.spans % map.directions;
+        batch = blockIdx.x / map.spans / map.directions;
+        number = ((long long)batch * 4 + direction) * map.spans + span;
     }
     // Of the first element of the batch's map, among maps of (batch, ...).
     __device__ __forceinline__ long long offset(const Map& map) const {
         return (long long)batch * map.height * map.width * map.d;
     }
-    // The same among maps of (4, batch, ...).
+    // The same among maps of (directions, batch, ...).
     __device__ __forceinline__ long long own_offset(const Map& map) const {
-        const int batches = gridDim.x / map.spans / 4;
-        return (long long)(direction * batches + batch) * map.height * map.width * map.d;
+        const int batches = gridDim.x / map.spans / map.directions;
+        return (long long)((direction - map.first) * batches + batch) * map.height * map.width * map.d;
     }
 };
 
 // Row of the first channel of a lane's chunk among the chunks' states (batch, 4, chunks, d, N).
-__device__ __forceinline__ long long chunk_row(const Map& map, const Lane& lane) {
-    return ((long long)blockIdx.x * SEGMENTS + lane.segment) * map.d;
+__device__ __forceinline__ long long chunk_row(const Map& map, const Where& where, const Lane& lane) {
+    return (where.number * SEGMENTS + lane.segment) * map.d;
 }
 
-__device__ __forceinline__ void read_chunk(const float* states, const Map& map, const Lane& lane, Tile& h) {
-    states += chunk_row(map, lane) * N;
+__device__ __forceinline__ void read_chunk(const float* states, const Map& map, const Where& where, const Lane& lane,
+                                           Tile& h) {
+    states += chunk_row(map, where, lane) * N;
     for (int r = 0; r < CHANNELS; ++r)
         for (int j = 0; j < STATES; ++j)
             h[r][j] = lane.channel[r] < map.d ? states[lane.channel[r] * N + lane.state[j]] : 0.0f;
@@ -407,7 +412,7 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
     }
     for (int r = 0; r < CHANNELS; ++r) {
         if (lane.channel[r] >= map.d) continue;
-        const long long row = chunk_row(map, lane) + lane.channel[r];
+        const long long row = chunk_row(map, where, lane) + lane.channel[r];
         if (threadIdx.x / 2 % 2 == 0) total[row] = sum[r];
         for (int j = 0; j < STATES; ++j) state[row * N + lane.state[j]] = h[r][j];
     }
@@ -427,11 +432,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
 }
 
-// What the backward pass starts from: a thread's states before every run of RUN sub-blocks, as (blocks, runs, CHANNELS,
-// THREADS, STATES).
-__device__ __forceinline__ long long kept_at(const Map& map, int run, int r) {
+// What the backward pass starts from: a thread's states before every run of RUN sub-blocks, as (batch, 4, spans, runs,
+// CHANNELS, THREADS, STATES).
+__device__ __forceinline__ long long kept_at(const Map& map, const Where& where, int run, int r) {
     const int runs = (map.subs + RUN - 1) / RUN;
-    return ((((long long)blockIdx.x * runs + run) * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
+    return (((where.number * runs + run) * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
 }
 
 // y of each direction: (4, batch, height, width, d). Without ``kept``, no states are.
@@ -453,13 +458,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     Cursor cursor(share, path, map, where.span, 0);
     in.read(x, share, path, cursor, map.d);
     read_decays(A, map, where.direction, lane, A2);
-    read_chunk(starts, map, lane, h);
+    read_chunk(starts, map, where, lane, h);
     stage_weights(x_proj, dt_projs, skip, map, where.direction, weights);
     __syncthreads();
 #pragma unroll 1
     for (int sub = 0; sub < map.subs; ++sub) {
         if (kept && sub % RUN == 0)
-            for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, sub / RUN, r), states_of(h[r]));
+            for (int r = 0; r < CHANNELS; ++r) write4(kept + kept_at(map, where, sub / RUN, r), states_of(h[r]));
         in.place(share, shared, ROWS, U);
         const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
         cursor.move(path, false);
@@ -582,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float sum_bias[CHANNEL_ROWS] = {}, sum_skip[CHANNEL_ROWS] = {};
     WeightSums sums;
     read_decays(A, map, where.direction, lane, A2);
-    read_chunk(adjoints, map, lane, g);
+    read_chunk(adjoints, map, where, lane, g);
     stage_weights(x_proj, dt_projs, skip, map, where.direction, weights);
     __syncthreads();
     // A run is walked forward, its states kept, and then back; the last sub-block's rows serve both walks.
@@ -601,7 +606,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
         if (RUN == 1 || step == 0)
             for (int r = 0; r < CHANNELS; ++r) {
-                const Four from = read4(kept + kept_at(map, run, r));
+                const Four from = read4(kept + kept_at(map, where, run, r));
                 for (int j = 0; j < STATES; ++j) h[r][j] = from.at[j];
             }
         in.place(share, shared, BACKWARD_ROWS, U);
@@ -680,8 +685,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 }
             }
         }
-        LoadedMap<float> given;  // again: the walk wrote over it
+        LoadedMap<float> given, earlier = {};  // dy again, for the walk wrote over it, and dx
         given.read(dy, share, position, map.d);
+        if (map.first) earlier.read(dx, share, position, map.d);
         in.read(x, share, path, cursor, map.d);
         if (RUN == 1 || !last) out.read(dy, share, path, cursor, map.d);
         group_sync();
@@ -692,7 +698,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const Four by = read4(weights + SKIP + channel);
             const float* cell = shared + share.cell(BACKWARD_ROWS, i);
             Four out;
-            for (int k = 0; k < 4; ++k) out.at[k] = fmaf(by.at[k], given.v[i].at(k), cell[(DELTA + k) * ROW]);
+            for (int k = 0; k < 4; ++k)
+                out.at[k] = earlier.v[i].at(k) + fmaf(by.at[k], given.v[i].at(k), cell[(DELTA + k) * ROW]);
             write_map(dx, position[i], channel, map.d, out);
         }
         group_sync();
