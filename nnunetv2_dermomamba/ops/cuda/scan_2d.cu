@@ -182,7 +182,7 @@ __device__ __forceinline__ void stage_weights(const float* x_proj, const float* 
                                               const Map& map, int direction, float* weights) {
     constexpr int QUADS = (DT_ROWS + 2 * N) * D / 4, LIFTS = LIFTED ? 0 : D * RANK;
     Four quads[(QUADS + THREADS - 1) / THREADS];
-    float lifts[(LIFTS + THREADS - 1) / THREADS + 1] = {};
+    float lifts[(LIFTS + THREADS - 1) / THREADS + 1] = {};  // one more, since an array has a length
     x_proj += direction * (map.rank + 2 * map.states) * map.d;
     dt_projs += direction * map.d * map.rank;
 #pragma unroll
