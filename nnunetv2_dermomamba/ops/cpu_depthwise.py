@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .cpu_kernels import _OPTIONS
 from .cpu_lanes import LANES, load, splat, store
-from .cpu_scan import _run
+from .cpu_threads import run_shared
 
 FEW = 2**15
 """Elements of a map below which waking a thread takes longer than the convolution."""
@@ -132,7 +132,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tenso
     def task(b: int, first: int, last: int) -> None:
         convolve(source[b], weights, biases, channels, taps_h, taps_w, dilation, first, last, target[b])
 
-    _run(task, _bands(batch, height, width * channels))
+    run_shared(task, _bands(batch, height, width * channels))
     return out.permute(0, 3, 1, 2)
 
 
@@ -171,7 +171,7 @@ def depthwise_backward(dy: Tensor, x: Tensor, weight: Tensor, dilation: int) -> 
     def task(b: int) -> None:
         _weight_gradients(dys[b], xs[b], ones, channels, taps_h, taps_w, dilation, dweight_arrays[b], dbias_arrays[b])
 
-    _run(task, [(b,) for b in range(batch)])
+    run_shared(task, [(b,) for b in range(batch)])
     dweight = _summed(dweights.sum(0), channels).view(weight.shape)
     return _as(x, dx), dweight, _summed(dbiases.sum(0), channels).view(channels)
 
@@ -201,5 +201,5 @@ def axial_depthwise(chunks: list[Tensor], layers: list[list[nn.Conv2d]]) -> Tens
             x = y
         np.add(source, x, out=target[i, b])
 
-    _run(task, [(i, b) for i in range(len(chunks)) for b in range(batch)])
+    run_shared(task, [(i, b) for i in range(len(chunks)) for b in range(batch)])
     return out.flatten(0, 1).permute(0, 3, 1, 2)

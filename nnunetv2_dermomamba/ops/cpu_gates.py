@@ -14,7 +14,7 @@ from torch import Tensor
 from .cpu_instance_norm import SMALL, channels_last_rows, shares
 from .cpu_kernels import _OPTIONS
 from .cpu_lanes import LANES, at_least, largest, load, splat, store, total
-from .cpu_scan import _run
+from .cpu_threads import run_shared
 
 
 @njit(**_OPTIONS)
@@ -71,7 +71,9 @@ def pool_positions(x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     rows, parts = channels_last_rows(x), shares(batch, height * width, channels)
     maxima, sums = np.full((len(parts), channels), -np.inf, np.float32), np.zeros((len(parts), channels))
-    _run(lambda i, b, part: _pool(rows[b, part], maxima[i], sums[i]), [(i, *part) for i, part in enumerate(parts)])
+    run_shared(
+        lambda i, b, part: _pool(rows[b, part], maxima[i], sums[i]), [(i, *part) for i, part in enumerate(parts)]
+    )
     mean = sums.reshape(batch, -1, channels).sum(1) / (height * width)
     return torch.from_numpy(np.stack([maxima.reshape(batch, -1, channels).max(1), mean.astype(np.float32)]))
 
@@ -90,8 +92,10 @@ def gate_channels(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     out, summary = torch.empty(batch, height, width, channels), torch.empty(batch, height, width, 2)
     rows, gates = channels_last_rows(x), gate.reshape(batch, 1, channels).contiguous().numpy()
     outs, summaries = out.flatten(1, 2).numpy(), summary.flatten(1, 2).numpy()
-    _run(lambda b, part: _gate(rows[b, part], gates[b], outs[b, part], summaries[b, part]),
-         shares(batch, height * width, channels))  # fmt: skip
+    run_shared(
+        lambda b, part: _gate(rows[b, part], gates[b], outs[b, part], summaries[b, part]),
+        shares(batch, height * width, channels),
+    )
     return out.permute(0, 3, 1, 2), summary.permute(0, 3, 1, 2)
 
 
@@ -115,6 +119,8 @@ def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)  # what it is, or the kernel would fill a copy
     rows, gates, lows = (channels_last_rows(m) for m in (x, gate, low))
     share = height if height * width * channels < SMALL else -(-height // torch.get_num_threads())
-    _run(lambda b, first: _gate_and_add_lines(rows[b], gates[b], lows[b], width, first, min(first + share, height)),
-         [(b, first) for b in range(batch) for first in range(0, height, share)])  # fmt: skip
+    run_shared(
+        lambda b, first: _gate_and_add_lines(rows[b], gates[b], lows[b], width, first, min(first + share, height)),
+        [(b, first) for b in range(batch) for first in range(0, height, share)],
+    )
     return x

@@ -8,7 +8,7 @@ from numba import njit
 from torch import Tensor, nn
 
 from .cpu_kernels import _OPTIONS
-from .cpu_scan import _run
+from .cpu_threads import run_shared
 
 SMALL = 2**18  # elements
 
@@ -61,7 +61,7 @@ def instance_norm_leaky_add_cpu(
 
     def mean_of(centre: np.ndarray, power: int) -> np.ndarray:
         sums = np.zeros((len(parts), channels))
-        _run(lambda i, b, part: _moments(rows[b, part], centre[b], sums[i], power),
+        run_shared(lambda i, b, part: _moments(rows[b, part], centre[b], sums[i], power),
              [(i, *part) for i, part in enumerate(parts)])  # fmt: skip
         return sums.reshape(batch, -1, channels).sum(1) / length
 
@@ -75,5 +75,5 @@ def instance_norm_leaky_add_cpu(
     def task(b: int, part: slice) -> None:
         _scale_leaky_add(rows[b, part], scale[b], shift[b], others[b, part], number, slope, outs[b, part])
 
-    _run(task, parts)
+    run_shared(task, parts)
     return out.permute(0, 3, 1, 2)

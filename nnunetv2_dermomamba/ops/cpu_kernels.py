@@ -10,7 +10,7 @@ and eight channels suffice, as in the network's first stage.
 the other.
 
 Within a tile, rows are in walking order: a reversed or column-major direction is only another way to gather rows.
-The kernels release the GIL; ``cpu_scan`` runs them on a thread pool. Compiled code is cached on disk by Numba.
+The kernels release the GIL and run on a thread pool (``cpu_threads``). Compiled code is cached on disk by Numba.
 """
 
 from __future__ import annotations

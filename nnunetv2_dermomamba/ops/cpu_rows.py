@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, products
 from .cpu_lanes import LANES, load, store
-from .cpu_scan import _pad_channels, _run
+from .cpu_scan import pad_channels
+from .cpu_threads import run_shared
 
 ROWS = 64  # a tile of them, a multiple of 4; with 256 channels 64 KiB
 
@@ -94,12 +95,12 @@ def norm_linear_cpu(
     rows, outs = x.reshape(-1, channels).contiguous().numpy(), out.view(parts, -1, out.shape[-1]).numpy()
     gates = (x.new_empty(0, channels) if gate is None else gate.reshape(-1, channels).contiguous()).numpy()
     vectors = norm_weight.detach().numpy(), norm_bias.detach().numpy(), np.float32(eps)
-    matrix = _pad_channels(weight.detach().t()).contiguous().numpy()
+    matrix = pad_channels(weight.detach().t()).contiguous().numpy()
     share = max(1024, -(-len(rows) // torch.get_num_threads()))  # waking a thread takes as long as fewer rows do
 
     def task(start: int) -> None:
         part = slice(start, start + share)
         _norm_linear(rows[part], gates[part], *vectors, matrix, outs, start)
 
-    _run(task, [(start,) for start in range(0, len(rows), share)])
+    run_shared(task, [(start,) for start in range(0, len(rows), share)])
     return out

@@ -7,13 +7,6 @@ one tile's buffers per thread.
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +14,7 @@ from torch.nn import functional as F
 
 from .cpu_kernels import LOG2_E, backward_1d, backward_2d, forward_1d, forward_2d
 from .cpu_lanes import LANES
+from .cpu_threads import run_shared
 from .library import accumulation_type
 
 TILE = 64
@@ -53,38 +47,11 @@ def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
     return [batch, groups, (length + TILE - 1) // TILE, _padded(dim // groups) // LANES * _even(state), LANES]
 
 
-@lru_cache(maxsize=4)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """One pool per process (threads do not survive a fork) and thread count."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
-
-
-def _run(task: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Run the tasks on as many threads as PyTorch uses, this one among them; an error is raised here."""
-    waiting = deque(arguments)
-
-    def work() -> None:
-        while True:
-            try:
-                argument = waiting.popleft()
-            except IndexError:  # another thread took the last
-                return
-            task(*argument)
-
-    threads = torch.get_num_threads()
-    others = [_pool(threads, os.getpid()).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
-    try:
-        work()
-    finally:
-        for other in others:
-            other.result()
-
-
 def _array(tensor: Tensor, kind: torch.dtype) -> np.ndarray:
     return tensor.detach().to(kind).contiguous().numpy()
 
 
-def _pad_channels(tensor: Tensor) -> Tensor:
+def pad_channels(tensor: Tensor) -> Tensor:
     """(..., d) with zeros up to whole vectors."""
     return F.pad(tensor, (0, _padded(tensor.shape[-1]) - tensor.shape[-1]))
 
@@ -92,7 +59,7 @@ def _pad_channels(tensor: Tensor) -> Tensor:
 def _to_vectors(A: Tensor) -> Tensor:
     """(groups, d, N) to (groups, d / 8 * N, 8), N even: the kernels' order of what there is for every state."""
     A = F.pad(A, (0, A.shape[2] % 2))
-    return _pad_channels(A.mT).unflatten(2, (-1, LANES)).transpose(1, 2).flatten(1, 2)
+    return pad_channels(A.mT).unflatten(2, (-1, LANES)).transpose(1, 2).flatten(1, 2)
 
 
 def _from_vectors(vectors: Tensor, dim: int, state: int) -> Tensor:
@@ -108,10 +75,10 @@ def _weights_2d(
     state = A.shape[1]
     w_dt, w_b, w_c = x_proj_weight.split([rank, state, state], dim=1)
     odd = x_proj_weight.new_zeros(4, state % 2, dim)
-    w_in = _pad_channels(torch.cat([w_b, odd, w_c, odd, w_dt], dim=1)).mT
-    w_in = _pad_channels(w_in)
+    w_in = pad_channels(torch.cat([w_b, odd, w_c, odd, w_dt], dim=1)).mT
+    w_in = pad_channels(w_in)
     A = _to_vectors(A.view(4, dim, -1))
-    w_delta, bias, D = (_pad_channels(m) for m in (dt_projs_weight.mT, dt_projs_bias[:, None], Ds.view(4, 1, dim)))
+    w_delta, bias, D = (pad_channels(m) for m in (dt_projs_weight.mT, dt_projs_bias[:, None], Ds.view(4, 1, dim)))
     return tuple(_array(tensor, kind) for tensor in (w_in, w_delta, bias, A, A * LOG2_E, D))
 
 
@@ -142,7 +109,7 @@ def scan_2d_forward(
             forward_2d(_even(state), xs[b], height, width, k, TILE, w_in[k], w_delta[k], bias[k], A2[k], D[k],
                     states_array[b, k], ys_array[pair, b])  # fmt: skip
 
-    _run(task, [(b, pair) for pair in COLUMNS_FIRST for b in range(batch)])
+    run_shared(task, [(b, pair) for pair in COLUMNS_FIRST for b in range(batch)])
     return ys[0].add_(ys[1]), states if keep else states.new_empty(0)
 
 
@@ -173,7 +140,7 @@ def scan_2d_backward(
                         A_array[k], A2[k], D[k], states_array[b, k], dxs_array[pair, b],
                         *(grad[b, k] for grad in grad_arrays))  # fmt: skip
 
-    _run(task, [(b, pair) for pair in COLUMNS_FIRST for b in range(batch)])
+    run_shared(task, [(b, pair) for pair in COLUMNS_FIRST for b in range(batch)])
     dw_in, dw_delta, dbias, dA, dD = (grad.sum(0) for grad in weight_grads)
     dw_b, dw_c, dw_dt = dw_in.mT[:, : 2 * _even(state) + rank, :dim].split([_even(state), _even(state), rank], dim=1)
     dx_proj = torch.cat([dw_dt, dw_b[:, :state], dw_c[:, :state]], dim=1)
@@ -184,7 +151,7 @@ def scan_2d_backward(
 
 def _vector(tensor: Tensor | None, dim: int, groups: int, kind: torch.dtype) -> np.ndarray:
     full = torch.zeros(dim, dtype=kind) if tensor is None else tensor
-    return _array(_pad_channels(full.view(groups, 1, dim // groups)), kind)
+    return _array(pad_channels(full.view(groups, 1, dim // groups)), kind)
 
 
 def scan_1d_forward(
@@ -216,7 +183,7 @@ def scan_1d_forward(
         forward_1d(_even(state), us[b, g], deltas[b, g], A2[g], Bs[b, g], Cs[b, g], Ds[g], bias[g], delta_softplus,
                    TILE, states_array[b, g], y_array[b, g])  # fmt: skip
 
-    _run(task, [(b, g) for b in range(batch) for g in range(groups)])
+    run_shared(task, [(b, g) for b in range(batch) for g in range(groups)])
     return y.view(batch, dim, length), states
 
 
@@ -250,7 +217,7 @@ def scan_1d_backward(
         backward_1d(_even(state), dys[b, g], us[b, g], deltas[b, g], As[g], A2[g], Bs[b, g], Cs[b, g], Ds[g],
                     bias[g], delta_softplus, TILE, states_array[b, g], *(m[b, g] for m in outputs))  # fmt: skip
 
-    _run(task, [(b, g) for b in range(batch) for g in range(groups)])
+    run_shared(task, [(b, g) for b in range(batch) for g in range(groups)])
     du, ddelta = (m.view(batch, dim, length) for m in (du, ddelta))
     dD, dbias = (m.sum(0)[:, 0, :per_group].flatten() for m in (dD, dbias))
     return du, ddelta, _from_vectors(dA.sum(0), per_group, state), dB, dC, dD, dbias
