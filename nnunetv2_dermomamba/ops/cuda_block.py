@@ -17,7 +17,7 @@ INPUTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CHANNELS = 128
 FULL = 132 * 512
 """Threads that fill a large GPU: 132 processors that hold 512. Fewer leave it idle, a few more run after all others."""
-WHOLE = 24_000
+WHOLE_SEQUENCES = 24_000
 """Threads from which on whole sequences are walked, though they fill a third of such a GPU: measured, summaries cost
 more than that."""
 MAX_POSITIONS = 2**30
@@ -44,7 +44,7 @@ class Block:
 
     @property
     def segments(self) -> int:
-        """Chunks walked side by side: of few channels, as many as make 128 threads."""
+        """Chunks walked side by side: of few channels, as many as make 128 threads; else one, maybe a sequence."""
         return 64 // self.D if self.D < 32 else 1
 
     @property
@@ -74,7 +74,7 @@ def chunk_subs(length: int, sequences: int, block: Block, longest: int) -> int:
     A sequence is one chunk, and needs no summary, where there are enough of them or it is very short. Otherwise it is
     ``longest`` at most.
     """
-    if block.segments == 1 and (sequences * block.threads >= WHOLE or length <= 4 * SUB):
+    if block.segments == 1 and (sequences * block.threads >= WHOLE_SEQUENCES or length <= 4 * SUB):
         return ceil_div(length, SUB)
     positions = ceil_div(length * sequences * block.threads, block.segments * FULL)  # of a chunk, for a full GPU
     return min(longest, ceil_div(positions, SUB))

@@ -235,7 +235,7 @@ def test_2d_a_chunk_of_an_odd_number_of_sub_blocks():
 def test_2d_whole_paths_of_a_batch(monkeypatch, channels, rank):
     inputs = maps(2, 9, 8, channels, rank, 16)
     assert cuda_scan_2d.Plan(inputs["x"], rank, 16).chunks > 1
-    monkeypatch.setattr(cuda_block, "WHOLE", 8 * 2 * channels)
+    monkeypatch.setattr(cuda_block, "WHOLE_SEQUENCES", 8 * 2 * channels)
     assert cuda_scan_2d.Plan(inputs["x"], rank, 16).chunks == 1
     check_2d(inputs)
 
