@@ -148,6 +148,23 @@ for shape in [(1, 1, 1), (1, 1, 33), (2, 17, 1), (2, 5, 9), (1, 18, 70)]:
         labels = (torch.rand(shape, generator=generator) < density).to(torch.uint8)
         labels[torch.rand(shape, generator=generator) < ignored] = 2
         assert torch.equal(opposite_distance(labels), _opposite_distance(labels)), (shape, density, ignored)
+
+# The column pass stops where no row can be nearer: late, at once, and not before the end of the image.
+labels = torch.zeros((5, 43, 30), dtype=torch.uint8)
+labels[0, 0, 0] = 1
+labels[1, 24, 20] = labels[1, 33, 1] = 1
+labels[2, 10:20, 3:28] = 1
+labels[3] = 1
+labels[3, -1, 5:7] = 0
+labels[4, ::2] = 1
+holes = labels.clone()
+holes[:, 8:33] = 255
+sites = torch.full_like(labels, 255)[:3]
+sites[0, 0, 0], sites[0, -1, -1] = 0, 1
+sites[1, 3, 29], sites[1, 40, 29] = 1, 0
+sites[2, 5], sites[2, 35] = 1, 1
+for case in (labels, holes, sites):
+    assert torch.equal(opposite_distance(case), _opposite_distance(case))
 """
 
 
