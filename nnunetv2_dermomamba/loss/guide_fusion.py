@@ -68,11 +68,14 @@ def _softmax_terms(
         Cross entropy (B, 1, H, W), probability (B, K, H, W), mask (B, K, H, W), valid pixels (B, 1, H, W) or None.
     """
     log_probability = logits.log_softmax(1)
-    ignore_index = -100 if ignore_label is None else ignore_label
-    cross_entropy = F.nll_loss(log_probability, target[:, 0].long(), ignore_index=ignore_index, reduction="none")
-    classes = torch.arange(1, logits.shape[1], device=target.device).view(-1, 1, 1)
     valid = None if ignore_label is None else target != ignore_label
-    return cross_entropy[:, None], log_probability[:, 1:].exp(), target == classes, valid
+    label = target if valid is None else target * valid  # any class will do where the cross entropy is then set to 0
+    # The numbers of nll_loss, whose CUDA kernels without a reduction are slow: 0.1 ms each way at 64 x 192 x 256, H100.
+    cross_entropy = -log_probability.gather(1, label.long())
+    if valid is not None:
+        cross_entropy = cross_entropy.masked_fill(~valid, 0)
+    classes = torch.arange(1, logits.shape[1], device=target.device).view(-1, 1, 1)
+    return cross_entropy, log_probability[:, 1:].exp(), target == classes, valid
 
 
 def _sigmoid_terms(

@@ -332,6 +332,30 @@ def test_validation_leaves_the_parts_of_training():
     assert loss.parts is parts
 
 
+@pytest.mark.parametrize("ignore_label", [None, -1, 1, 255])
+def test_softmax_cross_entropy_is_nll_loss(ignore_label):
+    """To the bit, with its gradient, whatever the ignored pixels' label and where a logit is infinite."""
+    target, logits = make_target(3, False, None), make_logits(3).detach()
+    if ignore_label is not None:
+        target[:, :, ::2] = ignore_label
+        logits[:, :2, ::4] = -torch.inf
+    logits.requires_grad_()
+    result = guide_fusion._softmax_terms(logits, target, ignore_label)[0]
+    expected = torch.nn.functional.nll_loss(
+        logits.log_softmax(1),
+        target[:, 0].long(),
+        ignore_index=-100 if ignore_label is None else ignore_label,
+        reduction="none",
+    )[:, None]
+    assert torch.equal(result, expected)
+    weight = torch.rand_like(expected)
+    gradients = [torch.autograd.grad(term, logits, weight)[0] for term in (result, expected)]
+    assert torch.equal(*gradients)
+    if ignore_label is not None:
+        assert not result[:, :, ::2].any()
+        assert not gradients[0][:, :, ::2].any()
+
+
 def test_target_may_be_float():
     target, logits = make_target(3, False, IGNORE), make_logits(3)
     for case in (CASES[2], CASES[10]):
