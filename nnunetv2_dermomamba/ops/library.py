@@ -3,12 +3,13 @@
 Every backend module has the same functions (``cpu_scan`` documents them): ``scan_1d_forward``, ``scan_1d_backward``,
 ``states_shape_1d`` and, where it is fused, the same three for ``2d``. The ops are named
 ``dermomamba::<backend>_scan_1d`` and so on; they are opaque to ``torch.compile``, which therefore sees one node and no
-graph break.
+graph break. ``register_convolution`` does the same for CUDA kernels of a map and weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 _DOUBLE_BACKWARD = (
-    "the selective scan and depthwise kernels have no second derivative: do not call backward with create_graph=True "
+    "the selective scan and convolution kernels have no second derivative: do not call backward with create_graph=True "
     "through them, or use nnunetv2_dermomamba.ops.naive, which plain autograd can differentiate twice"
 )
 
@@ -173,3 +174,49 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
         return forward(*arguments, keep)[0]
 
     return scan
+
+
+def register_convolution(
+    name: str, module: str, kernel: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Register ``dermomamba::<name>`` and its backward, a CUDA module's ``<kernel>_forward`` and ``<kernel>_backward``.
+
+    Args:
+        name: the operator's.
+        module: of this package; imported on the first call, since it needs CUDA.
+        kernel: forward, of x and weights, to a contiguous map of x's type; backward, of dy, x and weights, to the
+            gradients of x, contiguous, and weights.
+        shape: of the result.
+
+    Returns:
+        The differentiable function.
+    """
+
+    def call(direction: str, *arguments: Tensor) -> Any:
+        return getattr(import_module(f".{module}", __package__), f"{kernel}_{direction}")(*arguments)
+
+    @torch.library.custom_op(f"dermomamba::{name}", mutates_args=())
+    def forward(x: Tensor, weights: Tensor) -> Tensor:
+        return call("forward", x, weights)  # type: ignore[no-any-return]
+
+    @forward.register_fake
+    def _(x: Tensor, weights: Tensor) -> Tensor:
+        return x.new_empty(shape(x, weights))
+
+    @torch.library.custom_op(f"dermomamba::{name}_backward", mutates_args=())
+    def backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return call("backward", dy, x, weights)  # type: ignore[no-any-return]
+
+    @backward.register_fake
+    def _(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), weights.new_empty(weights.shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return backward(dy.contiguous(), *ctx.saved_tensors)
+
+    no_double_backward(backward)
+    forward.register_autograd(gradients, setup_context=setup_context)
+    return forward
