@@ -17,6 +17,7 @@ from tolerances import FORWARD, relative_error
 from nnunetv2_dermomamba.ops import (
     cuda_block,
     cuda_depthwise,
+    cuda_gate_convolution,
     cuda_scan_1d,
     cuda_scan_2d,
     nvrtc,
@@ -284,6 +285,7 @@ def test_sources_compile_for_gpus_without_any_header(channels):
         (cuda_scan_1d.FILES, [*scan, "-DSOFTPLUS=1"]),
         (cuda_scan_2d.FILES, scan),
         (cuda_depthwise.FILES, ["-DTILE=32"]),
+        (cuda_gate_convolution.FILES, ["-DROWS=4"]),
     ):
         for kind in range(3):
             options = [f"-DINPUT={kind}", f"-DWHOLE={kind % 2}", "-std=c++17", *more]
