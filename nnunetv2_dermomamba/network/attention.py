@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_dermomamba.ops.backends import own_gpu_kernels
+from nnunetv2_dermomamba.ops.backends import own_cuda_kernels, own_gpu_kernels
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
+from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution
 from nnunetv2_dermomamba.ops.maximum import maximum
 
 
@@ -64,6 +65,8 @@ class CBAM(nn.Module):
 
     def _convolve(self, summary: Tensor) -> Tensor:
         """``spatial_conv``, in the way whose gradients are fastest; (B, 2, H, W) to (B, 1, H, W)."""
+        if summary.is_cuda and summary.numel() and own_cuda_kernels(summary.dtype):
+            return gate_convolution(summary, self.spatial_conv.weight)
         if summary.is_cuda and summary.numel() and own_gpu_kernels(summary.dtype):
             taps = self.spatial_conv.weight.transpose(0, 1)  # one kernel for the maximum, one for the mean, then added
             convolved = depthwise(summary, taps, taps.new_zeros(2), 1)
