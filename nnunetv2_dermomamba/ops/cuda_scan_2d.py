@@ -15,6 +15,7 @@ from .cuda_block import (
     STATES,
     STEPS,
     SUB,
+    WHOLE_SEQUENCES,
     Block,
     ceil_div,
     chunk_subs,
@@ -23,11 +24,13 @@ from .cuda_block import (
 from .cuda_scan_1d import combine
 from .nvrtc import launch
 
-FILES = ("four.cuh", "walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu")
+FILES = ("four.cuh", "walk.cuh", "input.cuh", "products.cuh", "scan_2d.cu", "paths_2d.cu")
 LONG = 16
 """Blocks of SUB positions of a chunk at most, where a path is several."""
 MANY_BLOCKS = 2048
 """Of one direction, which keep a large GPU busy while the other directions wait."""
+PATH_THREADS, PATH_SUB = 64, 32
+"""Threads that walk a path of few channels, and positions of it in shared memory: as in ``paths_2d.cu``."""
 RANK = 8
 """Shared rows for dt: the rank at most."""
 
@@ -68,6 +71,11 @@ def _backward_bytes(block: Block) -> int:
     return block.rows_bytes(rows) + _weights_bytes(block) + _run(block) * SUB // STEPS * block.states_bytes
 
 
+def _path_bytes(block: Block) -> int:
+    """Bytes of shared memory of a block that walks a path: two sub-blocks' rows."""
+    return 2 * _rows(block) * (PATH_SUB + 4) * 4 + _weights_bytes(block)
+
+
 class Plan:
     """Sizes and constants of one call."""
 
@@ -81,6 +89,8 @@ class Plan:
         self.sizes = (height, width, self.d, rank, states, self.spans, self.subs)
         # of a backward launch: a direction alone adds to the map of those before it, which saves the memory of theirs
         self.directions = 1 if self.batch * self.spans >= MANY_BLOCKS else 4
+        # of few channels, whose chunks are no whole paths in the backward pass
+        self.walks_paths = self.block.D <= 16 and 4 * self.batch * PATH_THREADS >= WHOLE_SEQUENCES
         self.definitions = {
             "D": self.block.D,
             "INPUT": INPUTS[x.dtype],
@@ -93,6 +103,11 @@ class Plan:
             grid = self.batch * directions * self.spans
             sizes = Map(*self.sizes, first, directions)
             launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, sizes)
+
+    def launch_paths(self, *arguments: Tensor | None) -> None:
+        """Launch ``forward_paths_2d``, a block for each path."""
+        name, shared, sizes = "forward_paths_2d", _path_bytes(self.block), Map(*self.sizes, 0, 4)
+        launch(FILES, self.definitions, name, 4 * self.batch, PATH_THREADS, shared, *arguments, sizes)
 
     def sum(self, name: str, maps: Tensor, kind: torch.dtype) -> Tensor:
         """What the directions of a launch wrote as one map, in type ``kind``."""
@@ -145,10 +160,14 @@ def scan_2d_forward(
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
         y = A.new_empty(4, *x.shape)
-        starts = plan.summaries("summary_2d", A, x, *weights)
         shape = states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
         states = A.new_empty(shape)
-        plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, states if keep else None, y)
+        kept = states if keep else None
+        if plan.walks_paths:
+            plan.launch_paths(x, *weights, A, Ds, kept, y)
+        else:
+            starts = plan.summaries("summary_2d", A, x, *weights)
+            plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, kept, y)
         return plan.sum("sum_outputs", y, torch.float32), states
 
 

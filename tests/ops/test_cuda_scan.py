@@ -242,6 +242,23 @@ def test_2d_whole_paths_of_a_batch(monkeypatch, channels, rank):
 
 
 @emulated
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "d", "state"),
+    [(2, 5, 9, 8, 16), (1, 40, 31, 8, 16), (1, 13, 17, 16, 16), (3, 7, 9, 12, 5), (1, 33, 1, 3, 16), (1, 1, 1, 1, 1)],
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_2d_paths_of_few_channels_walked_without_summaries(monkeypatch, batch, height, width, d, state, kind):
+    monkeypatch.setattr(cuda_scan_2d, "WHOLE_SEQUENCES", 1)
+    inputs = maps(batch, height, width, d, 1, state)
+    inputs["x"] = inputs["x"].to(kind).float()
+    assert cuda_scan_2d.Plan(inputs["x"], 1, state).walks_paths
+    check_2d(inputs)
+    half = inputs | {"x": inputs["x"].to(kind)}
+    y = [cuda_scan_2d.scan_2d_forward(*m.values())[0] for m in (inputs, half)]
+    assert relative_error(*y) < FORWARD[torch.float32]
+
+
+@emulated
 @pytest.mark.parametrize("channels", [8, 20, 32])
 def test_2d_gradients_of_one_direction_after_the_other(monkeypatch, channels):
     inputs = maps(2, 11, 13, channels, 1, 16)

@@ -26,6 +26,7 @@ __device__ __forceinline__ float rest(float x) { return x - __uint_as_float(__fl
 struct Left {
     float high[4], low[4];
 
+    __device__ __forceinline__ Left() {}
     // at[m * m_stride + k * k_stride], 0 where m or k is past its end.
     __device__ __forceinline__ Left(const float* at, int m_stride, int k_stride, int m_end, int k_end) {
         const int m = threadIdx.x % 32 / 4, k = threadIdx.x % 4;

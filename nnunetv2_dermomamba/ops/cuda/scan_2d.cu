@@ -67,14 +67,16 @@ struct MapShare {
     }
 };
 
-// Where a thread's shares of a sub-block are in the map: row (of a column-major path) or position, followed from
-// sub-block to sub-block without division.
+// Where a thread's COUNT shares of a sub-block are in the map: row (of a column-major path) or position, followed from
+// sub-block to sub-block, of LENGTH positions, without division.
+template <int COUNT, int LENGTH>
 struct Cursor {
-    int cell[2], line[2], across_lines[2];  // cell = across_lines height + line, along columns
+    int cell[COUNT], line[COUNT], across_lines[COUNT];  // cell = across_lines height + line, along columns
 
-    __device__ __forceinline__ Cursor(const MapShare& share, const Path& path, const Map& map, int span, int sub) {
-        for (int i = 0; i < 2; ++i) {
-            cell[i] = path.cell((span * SEGMENTS + share.segment[i]) * map.subs * SUB + sub * SUB + share.column[i]);
+    template <typename F>
+    __device__ __forceinline__ Cursor(const Path& path, F step_of) {
+        for (int i = 0; i < COUNT; ++i) {
+            cell[i] = path.cell(step_of(i));
             across_lines[i] = path.column ? cell[i] / path.height : 0;
             line[i] = cell[i] - across_lines[i] * path.height;
         }
@@ -82,9 +84,9 @@ struct Cursor {
     // To the next sub-block along the path, or (back) to the one before.
     __device__ __forceinline__ void move(const Path& path, bool back) {
         const bool up = path.reverse == back;
-        for (int i = 0; i < 2; ++i) {
-            cell[i] += up ? SUB : -SUB;
-            line[i] += up ? SUB : -SUB;
+        for (int i = 0; i < COUNT; ++i) {
+            cell[i] += up ? LENGTH : -LENGTH;
+            line[i] += up ? LENGTH : -LENGTH;
             if (path.column) {
                 while (line[i] >= path.height) {
                     line[i] -= path.height;
@@ -103,6 +105,13 @@ struct Cursor {
         return (unsigned)cell[i] < (unsigned)path.length ? at : -1;
     }
 };
+typedef Cursor<2, SUB> MapCursor;
+
+__device__ __forceinline__ MapCursor start(const MapShare& share, const Path& path, const Map& map, int span, int sub) {
+    return MapCursor(path, [&](int i) {
+        return (span * SEGMENTS + share.segment[i]) * map.subs * SUB + sub * SUB + share.column[i];
+    });
+}
 
 // Four channels of a position as they are stored, in words of 32 bits: until they are widened nothing waits for their
 // load, which it would if the compiler saw parts of words.
@@ -144,7 +153,7 @@ struct LoadedMap {
     __device__ __forceinline__ void read(const T* map, const MapShare& share, const int (&position)[2], int d) {
         for (int i = 0; i < 2; ++i) v[i] = read_map(map, position[i], share.channel[i], d);
     }
-    __device__ __forceinline__ void read(const T* map, const MapShare& share, const Path& path, const Cursor& cursor,
+    __device__ __forceinline__ void read(const T* map, const MapShare& share, const Path& path, const MapCursor& cursor,
                                          int d) {
         read(map, share, {cursor.position(path, 0), cursor.position(path, 1)}, d);
     }
@@ -177,35 +186,36 @@ __device__ __forceinline__ Four read_weights(const float* x_proj, const float* d
     return sum;
 }
 
-// A direction's weights in shared memory. All are on their way before the first is written.
+// A direction's weights in shared memory, by COUNT threads. All are on their way before the first is written.
+template <int COUNT = THREADS>
 __device__ __forceinline__ void stage_weights(const float* x_proj, const float* dt_projs, const float* skip,
                                               const Map& map, int direction, float* weights) {
     constexpr int QUADS = (DT_ROWS + 2 * N) * D / 4, LIFTS = LIFTED ? 0 : D * RANK;
-    Four quads[(QUADS + THREADS - 1) / THREADS];
-    float lifts[(LIFTS + THREADS - 1) / THREADS + 1] = {};  // one more, since an array has a length
+    Four quads[(QUADS + COUNT - 1) / COUNT];
+    float lifts[(LIFTS + COUNT - 1) / COUNT + 1] = {};  // one more, since an array has a length
     x_proj += direction * (map.rank + 2 * map.states) * map.d;
     dt_projs += direction * map.d * map.rank;
 #pragma unroll
-    for (int first = 0; first < QUADS; first += THREADS) {
+    for (int first = 0; first < QUADS; first += COUNT) {
         const int index = first + threadIdx.x;
         if (index < QUADS)
-            quads[first / THREADS] = read_weights(x_proj, dt_projs, map, index * 4 / D, index * 4 % D);
+            quads[first / COUNT] = read_weights(x_proj, dt_projs, map, index * 4 / D, index * 4 % D);
     }
 #pragma unroll
-    for (int first = 0; first < LIFTS; first += THREADS) {
+    for (int first = 0; first < LIFTS; first += COUNT) {
         const int c = (first + threadIdx.x) / RANK, r = (first + threadIdx.x) % RANK;
-        if (c < map.d && r < map.rank) lifts[first / THREADS] = dt_projs[c * map.rank + r];
+        if (c < map.d && r < map.rank) lifts[first / COUNT] = dt_projs[c * map.rank + r];
     }
-    for (int c = threadIdx.x; c < D; c += THREADS)
+    for (int c = threadIdx.x; c < D; c += COUNT)
         weights[SKIP + c] = skip && c < map.d ? skip[direction * map.d + c] : 0.0f;
 #pragma unroll
-    for (int first = 0; first < QUADS; first += THREADS) {
+    for (int first = 0; first < QUADS; first += COUNT) {
         const int index = first + threadIdx.x;
-        if (index < QUADS) write4(weights + index * 4 / D * WEIGHT + index * 4 % D, quads[first / THREADS]);
+        if (index < QUADS) write4(weights + index * 4 / D * WEIGHT + index * 4 % D, quads[first / COUNT]);
     }
 #pragma unroll
-    for (int first = 0; first < LIFTS; first += THREADS)
-        if (first + threadIdx.x < LIFTS) weights[LIFT + first + threadIdx.x] = lifts[first / THREADS];
+    for (int first = 0; first < LIFTS; first += COUNT)
+        if (first + threadIdx.x < LIFTS) weights[LIFT + first + threadIdx.x] = lifts[first / COUNT];
 }
 
 // Which tiles of a product a warp computes: every step-th of sixteen rows, from the first; of one half of the positions
@@ -386,7 +396,7 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
     float sum[CHANNELS] = {};
     LoadedMap<Input> in;
     LoadedMap<float> out;
-    Cursor cursor(share, path, map, where.span, ADJOINT ? map.subs - 1 : 0);
+    MapCursor cursor = start(share, path, map, where.span, ADJOINT ? map.subs - 1 : 0);
     in.read(x, share, path, cursor, map.d);
     if (ADJOINT) out.read(dy, share, path, cursor, map.d);
     read_decays(A, map, where.direction, lane, A2);
@@ -455,7 +465,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     y += where.own_offset(map);
     Tile A2, h;
     LoadedMap<Input> in;
-    Cursor cursor(share, path, map, where.span, 0);
+    MapCursor cursor = start(share, path, map, where.span, 0);
     in.read(x, share, path, cursor, map.d);
     read_decays(A, map, where.direction, lane, A2);
     read_chunk(starts, map, where, lane, h);
@@ -592,7 +602,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     // A run is walked forward, its states kept, and then back; the last sub-block's rows serve both walks.
     int run = (map.subs - 1) / RUN, step = 0;
-    Cursor cursor(share, path, map, where.span, RUN * run);
+    MapCursor cursor = start(share, path, map, where.span, RUN * run);
     LoadedMap<Input> in;
     LoadedMap<float> out;
     in.read(x, share, path, cursor, map.d);
