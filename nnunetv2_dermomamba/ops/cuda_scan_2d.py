@@ -110,9 +110,7 @@ class Plan:
         launch(FILES, self.definitions, name, 4 * self.batch, PATH_THREADS, shared, *arguments, sizes)
 
     def sum(self, name: str, maps: Tensor, kind: torch.dtype) -> Tensor:
-        """What the directions of a launch wrote as one map, in type ``kind``."""
-        if len(maps) == 1:
-            return maps[0].to(kind)
+        """What the directions wrote as one map, in type ``kind``."""
         to = maps.new_empty(maps.shape[1:], dtype=kind)
         launch(
             FILES, self.definitions, name, ceil_div(to.numel(), 256), 256, 0, maps, to, ctypes.c_longlong(to.numel())
@@ -186,17 +184,21 @@ def scan_2d_backward(
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
         adjoints = plan.summaries("adjoint_2d", A, x, dy, *weights)
+        one = plan.directions == 1  # at a time
         dx = A.new_empty(plan.directions, *x.shape)
+        rounded = torch.empty_like(x) if one and x.dtype != dx.dtype else None
         lifted = _is_lifted(plan.block)
         of_dt = dt_projs_weight.shape if not lifted else (4, plan.d, plan.d)
         shapes = (x_proj_weight.shape, of_dt, dt_projs_bias.shape, A.shape, Ds.shape)
         sums = [A.new_empty(plan.batch * plan.spans, *shape) for shape in shapes]
-        arguments = (dy, x, *weights, A, Ds, states, adjoints, dx, *sums)
+        arguments = (dy, x, *weights, A, Ds, states, adjoints, dx, rounded, *sums)
         plan.launch("backward_2d", _backward_bytes(plan.block), *arguments, directions=plan.directions)
         dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
         if lifted:
             dx_dt, ddt_projs = _factors_gradients(ddt_projs, x_proj_weight, dt_projs_weight)
             dx_proj[:, : dx_dt.shape[1]] = dx_dt
+        if one:
+            return dx[0] if rounded is None else rounded, dx_proj, ddt_projs, dbias, dA, dDs
         return plan.sum("sum_gradients", dx, x.dtype), dx_proj, ddt_projs, dbias, dA, dDs
 
 

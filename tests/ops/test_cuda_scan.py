@@ -262,9 +262,16 @@ def test_2d_paths_of_few_channels_walked_without_summaries(monkeypatch, batch, h
 @pytest.mark.parametrize("channels", [8, 20, 32])
 def test_2d_gradients_of_one_direction_after_the_other(monkeypatch, channels):
     inputs = maps(2, 11, 13, channels, 1, 16)
+    inputs["x"] = inputs["x"].half().float()
+    half = inputs | {"x": inputs["x"].half()}
     monkeypatch.setattr(cuda_scan_2d, "MANY_BLOCKS", 2)
     assert cuda_scan_2d.Plan(inputs["x"], 1, 16).directions == 1
     check_2d(inputs)
+    y, states = cuda_scan_2d.scan_2d_forward(*inputs.values())
+    dy = cotangent(y.shape)
+    dx, rounded = (cuda_scan_2d.scan_2d_backward(dy, *m.values(), states)[0] for m in (inputs, half))
+    assert rounded.dtype == torch.float16
+    assert relative_error(dx.half(), rounded) < 1e-6
 
 
 @emulated

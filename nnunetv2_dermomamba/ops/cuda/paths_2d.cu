@@ -16,18 +16,16 @@ constexpr int PATH_UNITS = PATH_SUB / 8 / (PATH_THREADS / 32);  // of eight posi
 
 // Where a thread's states are. Those of a slot lie in different banks, and a slot is one of the backward kernel's.
 struct PathLane {
-    int channel, group, part, slot[PATH_STATES], state[PATH_STATES];
-    unsigned late, odd;  // all ones in the lanes that keep the last two of four steps, and the second of two, else 0
+    int channel, index, slot[PATH_STATES], state[PATH_STATES];
+    int group, part;  // of channels, of four lanes: as in Lane
 
     __device__ __forceinline__ PathLane() {
-        const int lane = threadIdx.x % LANES;
+        index = threadIdx.x % LANES;
         channel = threadIdx.x / LANES;
         group = channel / CHANNELS;
-        part = lane % 4;
-        late = lane >> 1 & 1 ? ~0u : 0u;
-        odd = lane & 1 ? ~0u : 0u;
+        part = index % 4;
         for (int j = 0; j < PATH_STATES; ++j) {
-            slot[j] = j * (LANES / 4) + lane / 4;
+            slot[j] = j * (LANES / 4) + index / 4;
             state[j] = part + 4 * (slot[j] ^ (group & 3));
         }
     }
@@ -94,9 +92,11 @@ __device__ __forceinline__ void project_path(const PathWeights& by, const Path& 
 
 typedef float PathTile[PATH_STATES];
 
-// SUB steps from states h; writes y = <C, h> over w.
+// SUB steps from states h; writes y = <C, h> over w. Nothing is exchanged or written before the last step, so that rows
+// are read ahead.
 __device__ __forceinline__ void walk_path(const PathLane& lane, float* rows, const PathTile& A2, PathTile& h) {
     const float* of_channel = rows + lane.channel * PATH_ROW;
+    float y[SUB] = {};
 #pragma unroll
     for (int at = 0; at < SUB; at += STEPS) {
         const Four step = read4(of_channel + DELTA * PATH_ROW + at), value = read4(of_channel + W * PATH_ROW + at);
@@ -105,22 +105,25 @@ __device__ __forceinline__ void walk_path(const PathLane& lane, float* rows, con
             b[j] = read4(rows + (B_ROW + lane.state[j]) * PATH_ROW + at);
             c[j] = read4(rows + (C_ROW + lane.state[j]) * PATH_ROW + at);
         }
-        float y[STEPS] = {};
         for (int t = 0; t < STEPS; ++t)
             for (int j = 0; j < PATH_STATES; ++j) {
                 h[j] = fmaf(exp2_fast(step.at[t] * A2[j]), h[j], value.at[t] * b[j].at[t]);
-                y[t] = fmaf(c[j].at[t], h[j], y[t]);
+                y[at + t] = fmaf(c[j].at[t], h[j], y[at + t]);
             }
-        // Sums over states: of four steps a lane keeps two, then one.
-        for (int t = 0; t < 2; ++t) {
-            const float sent = choose(lane.late, y[t], y[t + 2]);
-            y[t] = choose(lane.late, y[t + 2], y[t]) + across(sent, 2);
-        }
-        float kept = choose(lane.odd, y[1], y[0]) + across(choose(lane.odd, y[0], y[1]), 1);
-        if (LANES == 8) kept += across(kept, 4);
-        __syncwarp();  // every lane has read w
-        rows[(W + lane.channel) * PATH_ROW + at + lane.part] = kept;
     }
+    // Sums over states: a lane keeps half of the steps, then half of those, and so on.
+    constexpr int KEPT = SUB / LANES;
+#pragma unroll
+    for (int lanes = LANES / 2, half = SUB / 2; lanes; lanes /= 2, half /= 2) {
+        const unsigned late = lane.index & lanes ? ~0u : 0u;
+        for (int t = 0; t < half; ++t) {
+            const float sent = choose(late, y[t], y[t + half]);
+            y[t] = choose(late, y[t + half], y[t]) + across(sent, lanes);
+        }
+    }
+    __syncwarp();  // every lane has read w
+    float* to = rows + (W + lane.channel) * PATH_ROW + lane.index * KEPT;
+    for (int t = 0; t < KEPT; t += 2) write2(to + t, y[t], y[t + 1]);
 }
 
 // Where a path is among the chunks of the backward pass, and the states that it starts from.

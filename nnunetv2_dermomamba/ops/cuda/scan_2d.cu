@@ -146,6 +146,19 @@ __device__ __forceinline__ void write_map(float* map, int position, int channel,
         if (channel + k < d) to[k] = v.at[k];
 }
 
+__device__ __forceinline__ void write_rounded(Input* map, int position, int channel, int d, const Four& v) {
+    if (position < 0) return;
+    FourInputs rounded;
+    for (int k = 0; k < 4; ++k) rounded.at[k] = narrow(v.at[k]);
+    Input* to = map + (long long)position * d + channel;
+    if (WHOLE) {
+        *reinterpret_cast<FourInputs*>(to) = rounded;
+        return;
+    }
+    for (int k = 0; k < 4; ++k)
+        if (channel + k < d) to[k] = rounded.at[k];
+}
+
 // A thread's share of a sub-block of a map, on its way.
 template <typename T>
 struct LoadedMap {
@@ -574,11 +587,12 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
 }
 
 // dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...), dt's in
-// ``ddt_projs`` where the weights are LIFTED, which is then (batch, spans, 4, d, d).
+// ``ddt_projs`` where the weights are LIFTED, which is then (batch, spans, 4, d, d). The launch of the last direction,
+// which completes dx, writes it to ``rounded`` instead, if that is given.
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
                 const float* A, const float* skip, const float* kept, const float* adjoints, float* dx,
-                float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
+                Input* rounded, float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
     extern __shared__ float shared[];
     const Where where(map);
     const Path path(map, where.direction);
@@ -593,6 +607,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     x += where.offset(map);
     dy += where.offset(map);
     dx += where.own_offset(map);
+    if (map.first + map.directions < 4) rounded = nullptr;
+    if (rounded) rounded += where.offset(map);
     Tile A2, h, g, sum_dA = {};
     float sum_bias[CHANNEL_ROWS] = {}, sum_skip[CHANNEL_ROWS] = {};
     WeightSums sums;
@@ -710,7 +726,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             Four out;
             for (int k = 0; k < 4; ++k)
                 out.at[k] = earlier.v[i].at(k) + fmaf(by.at[k], given.v[i].at(k), cell[(DELTA + k) * ROW]);
-            write_map(dx, position[i], channel, map.d, out);
+            if (rounded)
+                write_rounded(rounded, position[i], channel, map.d, out);
+            else
+                write_map(dx, position[i], channel, map.d, out);
         }
         group_sync();
         run -= last;
