@@ -19,5 +19,19 @@ class Conv3x3(nn.Conv2d):
         super().__init__(dim_in, dim_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        weight = self.weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else self.weight
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, self._weight_for(x), self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """For a normalisation behind it, which subtracts each channel's mean and the bias with it.
+
+        That saves a pass over the map, and one over its gradient. The bias has a gradient nevertheless, as several
+        GPUs' processes demand of every parameter: 0, which with the bias in place is rounding alone.
+        """
+        weight = self._weight_for(x)
+        if torch.is_grad_enabled():
+            assert self.bias is not None
+            weight = weight + 0 * self.bias[:, None, None, None]
+        return self._conv_forward(x, weight, None)
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        return self.weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else self.weight

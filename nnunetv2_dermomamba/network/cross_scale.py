@@ -67,5 +67,5 @@ class CrossScaleMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         scanned = self.vss(self._branches(x)).permute(0, 3, 1, 2)
-        rest = x.chunk(4, dim=1)[3]
+        rest = x.permute(0, 2, 3, 1).chunk(4, dim=3)[3].permute(0, 3, 1, 2)  # so its gradient is channels last, too
         return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)), inplace=True)

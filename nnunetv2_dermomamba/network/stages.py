@@ -31,7 +31,7 @@ class ResMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = self.block(x)
-        return instance_norm_leaky_add(self.conv(y), self.norm, 0.01, y, self.scale)
+        return instance_norm_leaky_add(self.conv.without_bias(y), self.norm, 0.01, y, self.scale)
 
 
 def halve(x: Tensor) -> Tensor:
@@ -59,8 +59,29 @@ class EncoderStage(nn.Module):
         self.norm = nn.BatchNorm2d(2 * dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        skip = F.relu(self.norm(self.conv(self.res_mamba(x))), inplace=True)
+        skip = F.relu(self._normalised(self.res_mamba(x)), inplace=True)
         return halve(skip), skip
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """``norm(conv(x))``; in training the bias goes into the running mean alone."""
+        norm, mean, bias = self.norm, self.norm.running_mean, self.conv.bias
+        if not self.training or mean is None or bias is None or norm.num_batches_tracked is None:
+            return norm(self.conv(x))
+        without_bias = mean - bias.detach()
+        x = F.batch_norm(
+            self.conv.without_bias(x),
+            without_bias,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            training=True,
+            momentum=norm.momentum,  # type: ignore[arg-type]
+            eps=norm.eps,
+        )
+        with torch.no_grad():
+            mean.copy_(without_bias + bias)
+            norm.num_batches_tracked.add_(1)
+        return x
 
 
 class DecoderStage(nn.Module):
@@ -95,7 +116,9 @@ class DecoderStage(nn.Module):
         if x.device.type == "cpu" and torch.is_grad_enabled():  # where PyTorch's sum is five times as slow as this
             return fused + F.interpolate(low, scale_factor=2.0, mode="nearest")
         # nearest upsampling by broadcasting, in place: nothing is written, and its gradient is a sum
-        fused.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(low[:, :, :, None, :, None])
+        # the axes in memory's order: else that sum is, and the convolution of low copies it
+        blocks = fused.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        blocks.add_(low.permute(0, 2, 3, 1)[:, :, None, :, None])
         return fused
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:  # noqa: D102

@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
 from nnunetv2_dermomamba.network import DermoMamba, dermomamba
+from nnunetv2_dermomamba.network.stages import EncoderStage
 
 
 def test_published_parameter_count() -> None:
@@ -73,3 +76,23 @@ def test_initial_values() -> None:
     # Log-uniform: the median of log dt lies midway between the ends.
     assert abs(dt.log().median() - 0.5 * (torch.tensor(1e-3).log() + torch.tensor(1e-1).log())) < 0.4
     assert ss2d.dt_projs_weight.abs().max() <= ss2d.dt_projs_weight.shape[2] ** -0.5
+
+
+def test_a_bias_before_a_normalisation_changes_the_running_mean_alone():
+    torch.manual_seed(0)
+    stage = EncoderStage(8).double()
+    plain = copy.deepcopy(stage)
+    x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    results = []
+    for module in (stage, plain):
+        y = module.res_mamba(x)
+        results.append(module._normalised(y) if module is stage else module.norm(module.conv(y)))
+        results[-1].square().sum().backward()
+    torch.testing.assert_close(*results)
+    for name, buffer in stage.norm.named_buffers():
+        torch.testing.assert_close(buffer, plain.norm.get_buffer(name))
+    assert plain.norm.running_mean.abs().max() > 1e-3
+    for (name, one), other in zip(stage.named_parameters(), plain.parameters(), strict=True):
+        if name in ("conv.bias", "res_mamba.conv.bias"):
+            assert not one.grad.any()
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-9)
