@@ -1,7 +1,8 @@
 """Time inference against nnU-Net's U-Net: ``python benchmarks/inference.py [--device cuda]``.
 
 First a correctness gate: the network's output on the device at hand equals the CPU's with the portable PyTorch scan.
-Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA graph.
+Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA
+graph, with independent kernels combined or not.
 On the CPU eager, both networks in turn, and the peak memory of DermoMamba's inference over the idle process.
 """
 
@@ -54,6 +55,10 @@ def ways() -> dict[str, Callable[[nn.Module], nn.Module]]:
         "eager": lambda network: network,
         "compiled": torch.compile,
         "CUDA graph": lambda network: torch.compile(network, mode="reduce-overhead"),
+        # independent small kernels, weights' conversions most of them, as one
+        "with combined kernels": lambda network: torch.compile(
+            network, options={"triton.cudagraphs": True, "combo_kernels": True}
+        ),
     }
 
 

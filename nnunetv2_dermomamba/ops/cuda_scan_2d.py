@@ -44,6 +44,18 @@ class Map(ctypes.Structure):
     ]
 
 
+class Partial(ctypes.Structure):
+    """As in ``scan_2d.cu``."""
+
+    _fields_ = [("from_", ctypes.c_void_p), ("to", ctypes.c_void_p), ("size", ctypes.c_int)]
+
+
+class Partials(ctypes.Structure):
+    """As in ``scan_2d.cu``."""
+
+    _fields_ = [("of", Partial * 5)]
+
+
 def _is_lifted(block: Block) -> bool:
     """Whether ``dt_projs_weight`` is multiplied into ``x_proj_weight``: ``LIFTED`` in ``scan_2d.cu``."""
     return block.D <= 16
@@ -62,7 +74,7 @@ def _weights_bytes(block: Block) -> int:
 
 def _run(block: Block) -> int:
     """Sub-blocks that are walked back from one kept state: ``RUN`` in ``scan_2d.cu``."""
-    return 1 if block.D == 8 else 2
+    return 1 if block.D <= 16 else 2
 
 
 def _backward_bytes(block: Block) -> int:
@@ -116,6 +128,16 @@ class Plan:
             FILES, self.definitions, name, ceil_div(to.numel(), 256), 256, 0, maps, to, ctypes.c_longlong(to.numel())
         )
         return to
+
+    def sum_parts(self, arrays: list[Tensor]) -> list[Tensor]:
+        """Five arrays of blocks' partial sums, each summed over its first axis."""
+        sums = [m.new_empty(m.shape[1:]) for m in arrays]
+        partials = Partials(
+            tuple(Partial(m.data_ptr(), to.data_ptr(), to.numel()) for m, to in zip(arrays, sums, strict=True))
+        )
+        blocks = ceil_div(sum(m.numel() for m in sums), 32)
+        launch(FILES, self.definitions, "sum_parts", blocks, 1024, 4096, partials, len(arrays[0]))
+        return sums
 
     def summaries(self, name: str, A: Tensor, *arguments: Tensor) -> Tensor:
         """What enters every chunk, (batch, 4, chunks, d, N)."""
@@ -193,7 +215,7 @@ def scan_2d_backward(
         sums = [A.new_empty(plan.batch * plan.spans, *shape) for shape in shapes]
         arguments = (dy, x, *weights, A, Ds, states, adjoints, dx, rounded, *sums)
         plan.launch("backward_2d", _backward_bytes(plan.block), *arguments, directions=plan.directions)
-        dx_proj, ddt_projs, dbias, dA, dDs = (m.sum(0) for m in sums)
+        dx_proj, ddt_projs, dbias, dA, dDs = plan.sum_parts(sums)
         if lifted:
             dx_dt, ddt_projs = _factors_gradients(ddt_projs, x_proj_weight, dt_projs_weight)
             dx_proj[:, : dx_dt.shape[1]] = dx_dt

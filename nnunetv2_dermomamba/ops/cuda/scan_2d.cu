@@ -16,7 +16,7 @@ constexpr int RANK = 8;         // of dt at most
 constexpr int WEIGHT = D + 4;   // floats from row to row of the weights in shared memory: other banks
 constexpr int HALVES = SUB / 8;  // tiles of eight positions a segment
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
-constexpr int RUN = D == 8 ? 1 : 2;
+constexpr int RUN = D <= 16 ? 1 : 2;
 // Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
 // which in a product of sixteen rows cost nothing. What is projected is then the pre-activation of delta.
 constexpr bool LIFTED = D <= 16;
@@ -813,4 +813,35 @@ extern "C" __global__ void sum_outputs(const float* maps, float* to, long long s
 extern "C" __global__ void sum_gradients(const float* maps, Input* to, long long size) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < size) to[i] = narrow(sum_directions(maps, i, size));
+}
+
+// Blocks' partial sums of the parameters' gradients: arrays of (parts, size), to be (size) each.
+struct Partial {
+    const float* from;
+    float* to;
+    int size;
+};
+struct Partials {
+    Partial of[5];
+};
+
+// A block has 32 adjacent sums, and each of its warps every 32nd part of them.
+extern "C" __global__ void __launch_bounds__(1024) sum_parts(Partials arrays, int parts) {
+    extern __shared__ float shared[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int at = blockIdx.x * 32 + lane, k = 0;
+    while (k < 4 && at >= arrays.of[k].size) at -= arrays.of[k++].size;
+    const Partial& array = arrays.of[k];
+    const bool exists = at < array.size;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int part = warp; part < parts; part += 32)
+        if (exists) sum += array.from[(long long)part * array.size + at];
+    shared[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = 16; half; half /= 2) {
+        if (warp < half) shared[threadIdx.x] += shared[threadIdx.x + half * 32];
+        __syncthreads();
+    }
+    if (warp == 0 && exists) array.to[at] = shared[lane];
 }
