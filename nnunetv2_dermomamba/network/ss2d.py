@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dermomamba.ops import selective_scan_2d
+from nnunetv2_dermomamba.ops import selective_scan_2d_maps
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.depthwise_silu import depthwise_silu
 from nnunetv2_dermomamba.ops.norm_linear import norm_linear, norm_linear_halves
@@ -55,8 +55,8 @@ class SS2D(nn.Module):
         x, gate = self.in_proj(x).chunk(2, dim=-1) if norm is None else norm_linear_halves(x, norm, self.in_proj)
         x = depthwise_silu(x, self.conv)
         A = -torch.exp(self.A_logs.float())
-        y = selective_scan_2d(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)
-        return norm_linear(y, self.out_norm, self.out_proj, gate)
+        y = selective_scan_2d_maps(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)
+        return norm_linear(y, self.out_norm, self.out_proj, gate, summed=True)
 
 
 class VSSBlock(nn.Module):

@@ -6,6 +6,7 @@ projections, which 2D Mamba networks call.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .backends import BACKENDS, ENVIRONMENT_VARIABLE, LOADED, choose_backend, describe_choice, why_not
@@ -17,6 +18,7 @@ __all__ = [
     "describe_choice",
     "selective_scan",
     "selective_scan_2d",
+    "selective_scan_2d_maps",
     "why_not",
 ]
 
@@ -105,6 +107,29 @@ def selective_scan_2d(
         ValueError: shapes do not fit, or the backend is unknown.
         RuntimeError: the requested backend cannot serve.
     """
+    _check_2d(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    scan = LOADED[choose_backend(x.device.type, x.dtype, backend)].scan_2d
+    return scan(x.contiguous(), x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+
+
+def selective_scan_2d_maps(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> Tensor:
+    """Maps whose sum is ``selective_scan_2d``'s: in inference by the CUDA kernels four, else one.
+
+    Returns:
+        (4 or 1, B, H, W, d), for ``norm_linear`` to add.
+    """
+    apart = LOADED[choose_backend(x.device.type, x.dtype)].directions_2d
+    if apart is None or torch.is_grad_enabled():
+        return selective_scan_2d(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)[None]
+    _check_2d(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    return apart(x.contiguous(), x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+
+
+def _check_2d(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> None:
     dim, state, rank = x.shape[-1], A.shape[1], dt_projs_weight.shape[-1]
     if (
         x.ndim != 4
@@ -119,5 +144,3 @@ def selective_scan_2d(
             f"{tuple(dt_projs_weight.shape)}, dt_projs_bias {tuple(dt_projs_bias.shape)}, A {tuple(A.shape)}, Ds "
             f"{tuple(Ds.shape)} do not fit; expected (B, H, W, d), (4, R + 2 N, d), (4, d, R), (4, d), (4 d, N), (4 d,)"
         )
-    scan = LOADED[choose_backend(x.device.type, x.dtype, backend)].scan_2d
-    return scan(x.contiguous(), x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)

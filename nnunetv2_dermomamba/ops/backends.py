@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .composed import selective_scan_2d_composed
-from .library import register_scan_1d, register_scan_2d
+from .library import register_directions_2d, register_scan_1d, register_scan_2d
 
 ENVIRONMENT_VARIABLE = "DERMOMAMBA_BACKEND"
 
@@ -49,6 +49,8 @@ class LoadedBackend:
     name: str
     scan_1d: Callable[..., Tensor]
     scan_2d: Callable[..., Tensor]
+    directions_2d: Callable[..., Tensor] | None = None
+    """For inference, results of the four directions apart."""
 
 
 # Fastest first, by benchmarks/selective_scan.py.
@@ -91,7 +93,9 @@ def _load(backend: Backend) -> LoadedBackend:
     assert isinstance(module, ModuleType)
     identifier = backend.name.replace("-", "_")
     if backend.fused:
-        return LoadedBackend(backend.name, register_scan_1d(identifier, module), register_scan_2d(identifier, module))
+        apart = register_directions_2d(identifier, module) if hasattr(module, "scan_2d_directions") else None
+        scans = register_scan_1d(identifier, module), register_scan_2d(identifier, module)
+        return LoadedBackend(backend.name, *scans, apart)
     # Plain PyTorch brings its own autograd.
     scan_1d = module.scan_1d if hasattr(module, "scan_1d") else register_scan_1d(identifier, module)
     return LoadedBackend(backend.name, scan_1d, partial(selective_scan_2d_composed, scan=scan_1d))

@@ -116,6 +116,18 @@ def scan_2d_forward(
     return module.scan_2d_forward(_aligned(x), *parameters, keep)
 
 
+def scan_2d_directions(
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+) -> Tensor:
+    """Results of the four directions, (4, B, H, W, d), whose sum is ``scan_2d_forward``'s; Triton's is one of them."""
+    module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
+    arguments = (_aligned(x), *_plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds))
+    if module is cuda_scan_2d:
+        return cuda_scan_2d.scan_2d_directions(*arguments)
+    y = module.scan_2d_forward(*arguments, False)[0]
+    return torch.cat([y[None], y.new_zeros(3, *y.shape)])
+
+
 def scan_2d_backward(
     dy: Tensor,
     x: Tensor,

@@ -166,6 +166,31 @@ def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
     return [4 * plan.batch * plan.spans, ceil_div(plan.subs, _run(plan.block)), plan.block.threads * 8]
 
 
+def scan_2d_directions(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    states: Tensor | None = None,
+) -> Tensor:
+    """Results of the four directions, (4, B, H, W, d), for up to 128 channels, 16 states and a dt rank of 8.
+
+    Fills ``states``, of ``states_shape_2d``, if they are given.
+    """
+    plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
+    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
+    with torch.cuda.device_of(x):
+        y = A.new_empty(4, *x.shape)
+        if plan.walks_paths:
+            plan.launch_paths(x, *weights, A, Ds, states, y)
+        else:
+            starts = plan.summaries("summary_2d", A, x, *weights)
+            plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, states, y)
+    return y
+
+
 def scan_2d_forward(
     x: Tensor,
     x_proj_weight: Tensor,
@@ -175,20 +200,12 @@ def scan_2d_forward(
     Ds: Tensor,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See ``triton_scan_2d.scan_2d_forward``; for up to 128 channels, 16 states and a dt rank of 8."""
-    plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
-    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
+    """See ``triton_scan_2d.scan_2d_forward``."""
+    rank, state = dt_projs_weight.shape[2], A.shape[1]
+    states = A.new_empty(states_shape_2d(x, rank, state) if keep else [0])
+    y = scan_2d_directions(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states if keep else None)
     with torch.cuda.device_of(x):
-        y = A.new_empty(4, *x.shape)
-        shape = states_shape_2d(x, dt_projs_weight.shape[2], A.shape[1]) if keep else [0]
-        states = A.new_empty(shape)
-        kept = states if keep else None
-        if plan.walks_paths:
-            plan.launch_paths(x, *weights, A, Ds, kept, y)
-        else:
-            starts = plan.summaries("summary_2d", A, x, *weights)
-            plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, kept, y)
-        return plan.sum("sum_outputs", y, torch.float32), states
+        return Plan(x, rank, state).sum("sum_outputs", y, torch.float32), states
 
 
 def scan_2d_backward(

@@ -176,6 +176,22 @@ def register_scan_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
     return scan
 
 
+def register_directions_2d(name: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register ``dermomamba::<name>_scan_2d_directions``: for inference, ``scan_2d`` of each direction by itself."""
+
+    @torch.library.custom_op(f"dermomamba::{name}_scan_2d_directions", mutates_args=())
+    def directions(
+        x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
+    ) -> Tensor:
+        return module.scan_2d_directions(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)  # type: ignore[no-any-return]
+
+    @directions.register_fake
+    def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):  # type: ignore[no-untyped-def]
+        return x.new_empty(4, *x.shape, dtype=accumulation_type(x))
+
+    return directions
+
+
 def register_convolution(
     name: str, module: str, kernel: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]
 ) -> Callable[[Tensor, Tensor], Tensor]:

@@ -22,18 +22,32 @@ WIDEST_IN, WIDEST_OUT = 128, 256
 
 @torch.library.custom_op("dermomamba::norm_linear", mutates_args=())
 def _forward(
-    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    matrix: Tensor,
+    kind: torch.dtype,
+    maps: int,
 ) -> Tensor:
     from .triton_norm_linear import norm_linear_forward  # Triton need not be there for PyTorch's own
 
-    return norm_linear_forward(x, gate, scale, shift, eps, matrix, kind)
+    return norm_linear_forward(x, gate, scale, shift, eps, matrix, kind, maps)
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    matrix: Tensor,
+    kind: torch.dtype,
+    maps: int,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], matrix.shape[0], dtype=kind)
+    return x.new_empty(*x.shape[maps > 1 : -1], matrix.shape[0], dtype=kind)
 
 
 @torch.library.custom_op("dermomamba::norm_linear_backward", mutates_args=())
@@ -58,21 +72,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gate, scale, shift, ctx.eps, matrix, _ = inputs
+    x, gate, scale, shift, ctx.eps, matrix, _, maps = inputs
+    assert maps == 1, "only inference adds maps here"
     ctx.save_for_backward(x, gate, scale, shift, matrix)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, gate, scale, shift, matrix = ctx.saved_tensors
     dx, dgate, dscale, dshift, dmatrix = _backward(dy.contiguous(), x, gate, scale, shift, ctx.eps, matrix)
-    return dx, None if gate is None else dgate, dscale, dshift, None, dmatrix, None
+    return dx, None if gate is None else dgate, dscale, dshift, None, dmatrix, None, None
 
 
 no_double_backward(_backward)
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor | None = None) -> Tensor:
+def norm_linear(
+    x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor | None = None, summed: bool = False
+) -> Tensor:
     """``linear(norm(x))``, or ``linear(norm(x) * silu(gate))``.
 
     Args:
@@ -80,13 +97,17 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, gate: Tensor |
         norm: over the last axis.
         linear: without bias, c to m.
         gate: (..., c) or None.
+        summed: x is (k, ..., c), and the sum over its first axis is meant.
 
     Returns:
         (..., m), of autocast's type under autocast.
     """
+    maps = len(x) if summed and _triton_serves(x, linear.weight) else 1
+    if summed and maps == 1:
+        x = x[0] if len(x) == 1 else x.sum(0)
     if _triton_serves(x, linear.weight):
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind)
+        return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind, maps)
     if numba_infers(x):
         from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
 

@@ -24,10 +24,16 @@ def _dot(a, b, acc, kind: tl.constexpr):
 
 
 @triton.jit
-def _normalise(x_ptr, x_row, row, column, rows, eps, C: tl.constexpr):
-    """Rows scaled to mean 0 and variance 1, 0 where padded; what they were divided by is ``1 / rstd``."""
+def _normalise(x_ptr, x_row, row, column, rows, eps, C: tl.constexpr, MAPS: tl.constexpr = 1):
+    """Rows, of the sum of ``MAPS`` maps, scaled to mean 0 and variance 1; 0 where padded.
+
+    What they were divided by is ``1 / rstd``.
+    """
     inside = (row < rows)[:, None] & (column < C)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    for n in tl.static_range(1, MAPS):
+        at = (n * rows.to(tl.int64) + row)[:, None] * x_row + column[None, :]
+        x += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x = tl.where((column < C)[None, :], x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / C + eps)
     return x * rstd[:, None], rstd, inside
@@ -44,7 +50,8 @@ def _load_matrix(ptr, C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl
 @triton.jit
 def forward_kernel(
     x_ptr, gate_ptr, scale_ptr, shift_ptr, matrix_ptr, y_ptr, rows, x_row, gate_row, eps,
-    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr
+    C: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
+    MAPS: tl.constexpr
 ):  # fmt: skip
     """``y = matrix (norm(x) silu(gate))`` of ``P`` rows."""
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -52,7 +59,7 @@ def forward_kernel(
     out = tl.arange(0, MP)
     scale = tl.load(scale_ptr + column, mask=column < C, other=0.0)
     shift = tl.load(shift_ptr + column, mask=column < C, other=0.0)
-    x, _, inside = _normalise(x_ptr, x_row, row, column, rows, eps, C)
+    x, _, inside = _normalise(x_ptr, x_row, row, column, rows, eps, C, MAPS)
     z = x * scale[None, :] + shift[None, :]
     if GATED:
         gate = tl.load(gate_ptr + row[:, None] * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -121,7 +128,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def norm_linear_forward(
-    x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor, kind: torch.dtype
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    matrix: Tensor,
+    kind: torch.dtype,
+    maps: int = 1,
 ) -> Tensor:
     """``matrix (norm(x) silu(gate))``.
 
@@ -133,20 +147,22 @@ def norm_linear_forward(
         eps: of the LayerNorm.
         matrix: (m, c), float32, contiguous, m at most ``norm_linear.WIDEST_OUT``.
         kind: type of the result and of the factors of the product.
+        maps: with more than one, x is (maps, ..., c), and their sum is meant.
 
     Returns:
         (..., m), contiguous.
     """
     outputs, channels = matrix.shape
-    y = x.new_empty(*x.shape[:-1], outputs, dtype=kind)
+    y = x.new_empty(*x.shape[maps > 1 : -1], outputs, dtype=kind)
     x = _rows(x)
+    rows = len(x) // maps
     gates = x if gate is None else _rows(gate)
     constants = _constants(channels, outputs, gate is not None)
     if constants["CP"] * constants["MP"] <= 512:
         constants["num_warps"] = 1  # measured: what rows have to share is little
     with torch.cuda.device_of(x):
-        forward_kernel[(ceil_div(len(x), constants["P"]),)](
-            x, gates, scale, shift, matrix, y, len(x), x.stride(0), gates.stride(0), eps, **constants
+        forward_kernel[(ceil_div(rows, constants["P"]),)](
+            x, gates, scale, shift, matrix, y, rows, x.stride(0), gates.stride(0), eps, **constants, MAPS=maps
         )
     return y
 

@@ -259,6 +259,14 @@ def test_2d_paths_of_few_channels_walked_without_summaries(monkeypatch, batch, h
 
 
 @emulated
+def test_2d_directions_add_up():
+    inputs = maps(2, 5, 9, 8, 1, 16)
+    apart = cuda_scan_2d.scan_2d_directions(*inputs.values())
+    assert apart.shape == (4, *inputs["x"].shape)
+    assert relative_error(apart.sum(0), cuda_scan_2d.scan_2d_forward(*inputs.values())[0]) < FORWARD[torch.float32]
+
+
+@emulated
 @pytest.mark.parametrize("channels", [8, 20, 32])
 def test_2d_gradients_of_one_direction_after_the_other(monkeypatch, channels):
     inputs = maps(2, 11, 13, channels, 1, 16)

@@ -38,3 +38,9 @@ def test_nan_stays() -> None:
         y = norm_linear(x, nn.LayerNorm(8), nn.Linear(8, 4, bias=False))
     assert y[1, 3].isnan().all()
     assert y.isnan().sum() == 4
+
+
+def test_several_maps_are_added_first():
+    x, norm, linear = torch.randn(4, 2, 3, 8), nn.LayerNorm(8), nn.Linear(8, 4, bias=False)
+    torch.testing.assert_close(norm_linear(x, norm, linear, summed=True), norm_linear(x.sum(0), norm, linear))
+    torch.testing.assert_close(norm_linear(x[:1], norm, linear, summed=True), norm_linear(x[0], norm, linear))

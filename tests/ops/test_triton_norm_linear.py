@@ -55,6 +55,14 @@ def test_equals_pytorchs_own(shape, outputs, gated):
             assert relative_error(one, theirs) < GRADIENT[torch.float32]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_several_maps_are_added_first(gated):
+    x, gate, scale, shift, matrix = inputs((4, 3, 5, 7, 8), 4, gated)
+    gate = gate[0] if gated else None
+    result = norm_linear_forward(x, gate, scale, shift, EPS, matrix, torch.float32, maps=4)
+    assert relative_error(result, norm_linear_forward(x.sum(0), gate, scale, shift, EPS, matrix, torch.float32)) < 1e-5
+
+
 def test_rows_without_variance_stay_finite():
     x = torch.full((5, 8), 7.0, device=DEVICE)
     ones, matrix, dy = torch.ones(8, device=DEVICE), draw(4, 8), draw(5, 4)
