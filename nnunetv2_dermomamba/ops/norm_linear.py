@@ -104,7 +104,7 @@ def norm_linear(
     """
     maps = len(x) if summed and _triton_serves(x, linear.weight) else 1
     if summed and maps == 1:
-        x = x[0] if len(x) == 1 else x.sum(0)
+        x = x.squeeze(0) if len(x) == 1 else x.sum(0)  # [0] would have a gradient that copies
     if _triton_serves(x, linear.weight):
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind, maps)
