@@ -11,8 +11,10 @@ from . import nvrtc
 from .cuda_block import INPUTS, ceil_div, max_shared
 from .nvrtc import launch
 
-FILES = ("four.cuh", "input.cuh", "tile.cuh", "depthwise.cu")
+FILES = ("four.cuh", "input.cuh", "tile.cuh", "taps.cuh", "weight_gradient.cuh", "depthwise.cu")
 THREADS = 256
+WARPS, MOST_SUMS = THREADS // 32, 40
+"""As in ``weight_gradient.cuh``."""
 QUAD = 4
 """Channels of a block."""
 AXIAL_TAPS, SILU_TAPS = 26, 10
@@ -25,19 +27,26 @@ class Sizes(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int) for n in ("height", "width", "channels")]
 
 
+def _plane(rows: int, columns: int) -> int:
+    """Quads of a plane, whose rows are an odd number of quads apart."""
+    return rows * (columns | 1)
+
+
 def _quads_axial(tile: int) -> tuple[int, int]:
     """Quads in shared memory at dilation 3, forward and backward (``Axial``)."""
-    whole, rows = (tile + 24) ** 2, (tile + 24) * (tile + 6)
-    return whole + rows + (tile + 6) ** 2, 2 * whole + rows + (tile + 18) ** 2 + tile * (tile + 18)
+    whole, rows, square = _plane(tile + 24, tile + 24), _plane(tile + 24, tile + 6), _plane(tile + 6, tile + 6)
+    back = _plane(tile + 18, tile + 18) + _plane(tile, tile + 18)
+    return whole + rows + square, 2 * whole + rows + back
 
 
 def _quads_silu(tile: int) -> tuple[int, int]:
-    return (tile + 2) ** 2, (tile + 4) ** 2 + (tile + 2) ** 2
+    before = _plane(tile + 2, tile + 2)
+    return before, _plane(tile + 4, tile + 4) + before
 
 
 def _bytes(quads: int, taps: int, size: int, backward: bool) -> int:
-    """Of a block's shared memory: weights, backward their gradients and the threads' sums, and planes."""
-    return 4 * QUAD * (taps * (2 if backward else 1) + (THREADS if backward else 0)) + quads * QUAD * size
+    """Of a block's shared memory: weights, backward the warps' sums of their gradients, and planes."""
+    return 4 * (taps * QUAD + (WARPS * MOST_SUMS if backward else 0)) + quads * QUAD * size
 
 
 def _backward_bytes(tile: int, size: int) -> int:

@@ -24,50 +24,34 @@ struct Axial {
 
 // What both passes begin with: x, and what 1 x 7 and 7 x 1 make of it.
 template <int E>
-__device__ __forceinline__ void axial_planes(const Sizes& map, const Work& work, const Input* x, int pitch,
-                                             const float* taps, const typename Axial<E>::Whole& whole,
+__device__ __forceinline__ void axial_planes(const Sizes& map, const Input* x, int pitch, const float* taps,
+                                             const typename Axial<E>::Whole& whole,
                                              const typename Axial<E>::Rows& rows,
                                              const typename Axial<E>::Square& square) {
-    whole.fill(map, [&](int row, int column) {
-        return *reinterpret_cast<const Quad*>(x + map.offset(work.batch, row, column, pitch));
-    });
+    whole.load(map, x, pitch);
     __syncthreads();
-    {
-        const Taps<1, 7> by(taps + ROW_TAPS * 4);
-        const Four bias = read4(taps + (ROW_TAPS + 7) * 4);
-        rows.fill(map, [&](int row, int column) {
-            return narrow4(by.template sum<E, false>(whole, row, column, bias));
-        });
-    }
+    Taps<1, 7, E, false>(taps + ROW_TAPS * 4).fill(rows, map, whole, read4(taps + (ROW_TAPS + 7) * 4));
     __syncthreads();
-    {
-        const Taps<7, 1> by(taps + COLUMN_TAPS * 4);
-        const Four bias = read4(taps + (COLUMN_TAPS + 7) * 4);
-        square.fill(map, [&](int row, int column) {
-            return narrow4(by.template sum<E, false>(rows, row, column, bias));
-        });
-    }
+    Taps<7, 1, E, false>(taps + COLUMN_TAPS * 4).fill(square, map, rows, read4(taps + (COLUMN_TAPS + 7) * 4));
     __syncthreads();
 }
 
 template <int E>
-__device__ __forceinline__ void axial_branch(const Sizes& map, const Work& work, int batches, const Input* x, int pitch,
+__device__ __forceinline__ void axial_branch(const Sizes& map, const Work& work, const Input* x, int pitch,
                                              const float* taps, Quad* planes, Input* y) {
     typedef Axial<E> A;
     const typename A::Whole whole{planes, work.top - 4 * E, work.left - 4 * E};
     const typename A::Rows rows{whole.quads + A::Whole::QUADS, work.top - 4 * E, work.left - E};
     const typename A::Square square{rows.quads + A::Rows::QUADS, work.top - E, work.left - E};
-    axial_planes<E>(map, work, x, pitch, taps, whole, rows, square);
-    const Taps<3, 3> by(taps + SQUARE_TAPS * 4);
+    axial_planes<E>(map, x, pitch, taps, whole, rows, square);
+    const Taps<3, 3, E, false> by(taps + SQUARE_TAPS * 4);
     const Four bias = read4(taps + (SQUARE_TAPS + 9) * 4);
-    y += work.channel + map.offset(work.branch * batches + work.batch, 0, 0, map.channels);
-    for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-        const int row = work.top + i / TILE, column = work.left + i % TILE;
-        if (!map.has(row, column)) continue;
-        const Four sum = by.template sum<E, false>(square, row, column, bias);
-        const Quad out = narrow4(add4(widen4(whole(row, column).at), sum));
-        *reinterpret_cast<Quad*>(y + ((long long)row * map.width + column) * map.channels) = out;
-    }
+    by.template apply<TILE, TILE, Everyone>(
+        square, work.top, work.left, bias, [&](int row, int column, const Four& sum) {
+            if (!map.has(row, column)) return;
+            const Quad out = narrow4(add4(widen4(whole(row, column).at), sum));
+            *reinterpret_cast<Quad*>(y + map.offset(row, column, map.channels)) = out;
+        });
 }
 
 // x: (batch, height, width, pitch), of which 3 channels are read, branch after branch; weights: (3, 26, channels);
@@ -78,17 +62,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float* taps = shared;
     Quad* planes = reinterpret_cast<Quad*>(shared + AXIAL_TAPS * 4);
     stage_taps(weights + work.branch * AXIAL_TAPS * map.channels + work.channel, AXIAL_TAPS, map.channels, taps);
-    x += work.branch * map.channels + work.channel;
-    if (work.branch == 0) axial_branch<1>(map, work, batches, x, pitch, taps, planes, y);
-    if (work.branch == 1) axial_branch<2>(map, work, batches, x, pitch, taps, planes, y);
-    if (work.branch == 2) axial_branch<3>(map, work, batches, x, pitch, taps, planes, y);
+    x += work.branch * map.channels + work.channel + map.map(work.batch, pitch);
+    y += work.channel + map.map(work.branch * batches + work.batch, map.channels);
+    if (work.branch == 0) axial_branch<1>(map, work, x, pitch, taps, planes, y);
+    if (work.branch == 1) axial_branch<2>(map, work, x, pitch, taps, planes, y);
+    if (work.branch == 2) axial_branch<3>(map, work, x, pitch, taps, planes, y);
 }
 
 template <int E>
-__device__ __forceinline__ void axial_branch_back(const Sizes& map, const Work& work, int batches, const Input* dy,
-                                                  const Input* x, int pitch, const float* taps, float* scratch,
-                                                  float* sums, Quad* planes, Input* dx) {
+__device__ __forceinline__ void axial_branch_back(const Sizes& map, const Work& work, const Input* dy, const Input* x,
+                                                  int pitch, const float* taps, float* parts, Quad* planes, Input* dx,
+                                                  float* sums) {
     typedef Axial<E> A;
+    typedef WeightGradient<3, 3, E, Everyone> SquareGradient;
+    typedef WeightGradient<7, 1, E, FirstHalf> ColumnGradient;
+    typedef WeightGradient<1, 7, E, SecondHalf> RowGradient;
     const int top = work.top, left = work.left;
     const typename A::Whole whole{planes, top - 4 * E, left - 4 * E};
     const typename A::Whole out{whole.quads + A::Whole::QUADS, whole.top, whole.left};
@@ -96,36 +84,30 @@ __device__ __forceinline__ void axial_branch_back(const Sizes& map, const Work& 
     const typename A::Square square{rows.quads + A::Rows::QUADS, top - E, left - E};
     const typename A::SquareBack dsquare{square.quads, top - 3 * E, left - 3 * E};  // in its place
     const typename A::RowsBack drows{dsquare.quads + A::SquareBack::QUADS, top, left - 3 * E};
-    dy += work.channel + map.offset(work.branch * batches + work.batch, 0, 0, map.channels);
-    out.fill(map, [&](int row, int column) {
-        return *reinterpret_cast<const Quad*>(dy + ((long long)row * map.width + column) * map.channels);
-    });
-    axial_planes<E>(map, work, x, pitch, taps, whole, rows, square);
-    weight_gradient<3, 3, E>(out, square, top, left, scratch, sums + SQUARE_TAPS * 4);
-    {
-        const Taps<3, 3> by(taps + SQUARE_TAPS * 4);
-        dsquare.fill(map, [&](int row, int column) {
-            return narrow4(by.template sum<E, true>(out, row, column));
-        });
-    }
+    const Plane<TILE, TILE> result{rows.quads, top, left};  // in its place
+    out.load(map, dy, map.channels);
+    axial_planes<E>(map, x, pitch, taps, whole, rows, square);
+    SquareGradient::add_up(out, square, top, left, parts);
     __syncthreads();
-    {
-        const Taps<7, 1> by(taps + COLUMN_TAPS * 4);
-        drows.fill(map, [&](int row, int column) {
-            return narrow4(by.template sum<E, true>(dsquare, row, column));
-        });
-    }
+    SquareGradient::write(parts, sums + SQUARE_TAPS * map.channels, map.channels);
+    Taps<3, 3, E, true>(taps + SQUARE_TAPS * 4).fill(dsquare, map, out);
     __syncthreads();
-    weight_gradient<7, 1, E>(dsquare, rows, top, left, scratch, sums + COLUMN_TAPS * 4);
-    weight_gradient<1, 7, E>(drows, whole, top, left, scratch, sums + ROW_TAPS * 4);
-    const Taps<1, 7> by(taps + ROW_TAPS * 4);
-    dx += work.branch * map.channels + work.channel + map.offset(work.batch, 0, 0, 3 * map.channels);
-    for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-        const int row = top + i / TILE, column = left + i % TILE;
-        if (!map.has(row, column)) continue;
-        const Quad sum = narrow4(by.template sum<E, true>(drows, row, column, widen4(out(row, column).at)));
-        *reinterpret_cast<Quad*>(dx + ((long long)row * map.width + column) * 3 * map.channels) = sum;
-    }
+    Taps<7, 1, E, true>(taps + COLUMN_TAPS * 4).fill(drows, map, dsquare);
+    __syncthreads();
+    float* row_parts = parts + ColumnGradient::PARTS * ColumnGradient::SUMS;
+    if (threadIdx.x < FirstHalf::SIZE)
+        ColumnGradient::add_up(dsquare, rows, top, left, parts);
+    else
+        RowGradient::add_up(drows, whole, top, left, row_parts);
+    __syncthreads();
+    ColumnGradient::write(parts, sums + COLUMN_TAPS * map.channels, map.channels);
+    RowGradient::write(row_parts, sums + ROW_TAPS * map.channels, map.channels);
+    Taps<1, 7, E, true>(taps + ROW_TAPS * 4)
+        .template apply<TILE, TILE, Everyone>(drows, top, left, {}, [&](int row, int column, const Four& sum) {
+            result(row, column) = narrow4(add4(widen4(out(row, column).at), sum));
+        });
+    __syncthreads();
+    result.store(map, dx, 3 * map.channels);
 }
 
 // dx: (batch, height, width, 3 channels); sums: (batch tiles, 3, 26, channels), a block's own part of the weights'
@@ -135,17 +117,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                    int pitch, Sizes map) {
     const Work work(map, 3);
     float* taps = shared;
-    float* own = taps + AXIAL_TAPS * 4;
-    float* scratch = own + AXIAL_TAPS * 4;
-    Quad* planes = reinterpret_cast<Quad*>(scratch + THREADS * 4);
+    float* parts = taps + AXIAL_TAPS * 4;
+    Quad* planes = reinterpret_cast<Quad*>(parts + WARPS * MOST_SUMS);
     stage_taps(weights + work.branch * AXIAL_TAPS * map.channels + work.channel, AXIAL_TAPS, map.channels, taps);
-    x += work.branch * map.channels + work.channel;
-    if (work.branch == 0) axial_branch_back<1>(map, work, batches, dy, x, pitch, taps, scratch, own, planes, dx);
-    if (work.branch == 1) axial_branch_back<2>(map, work, batches, dy, x, pitch, taps, scratch, own, planes, dx);
-    if (work.branch == 2) axial_branch_back<3>(map, work, batches, dy, x, pitch, taps, scratch, own, planes, dx);
-    const long long part = blockIdx.x / (map.channels / 4) * (long long)AXIAL_TAPS;
-    for (int i = threadIdx.x; i < AXIAL_TAPS * 4; i += THREADS)
-        sums[(part + i / 4) * map.channels + work.channel + i % 4] = own[i];
+    dy += work.channel + map.map(work.branch * batches + work.batch, map.channels);
+    x += work.branch * map.channels + work.channel + map.map(work.batch, pitch);
+    dx += work.branch * map.channels + work.channel + map.map(work.batch, 3 * map.channels);
+    sums += blockIdx.x / (map.channels / 4) * (long long)AXIAL_TAPS * map.channels + work.channel;
+    if (work.branch == 0) axial_branch_back<1>(map, work, dy, x, pitch, taps, parts, planes, dx, sums);
+    if (work.branch == 1) axial_branch_back<2>(map, work, dy, x, pitch, taps, parts, planes, dx, sums);
+    if (work.branch == 2) axial_branch_back<3>(map, work, dy, x, pitch, taps, parts, planes, dx, sums);
 }
 
 // silu(dw3x3(x)). Weights, [tap][channel]: 3 x 3, bias.
@@ -160,60 +141,61 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float* taps = shared;
     stage_taps(weights + work.channel, GATED_TAPS, map.channels, taps);
     const Plane<TILE + 2, TILE + 2> whole{reinterpret_cast<Quad*>(shared + GATED_TAPS * 4), work.top - 1, work.left - 1};
-    x += work.channel;
-    whole.fill(map, [&](int row, int column) {
-        return *reinterpret_cast<const Quad*>(x + map.offset(work.batch, row, column, pitch));
-    });
+    whole.load(map, x + work.channel + map.map(work.batch, pitch), pitch);
+    y += work.channel + map.map(work.batch, map.channels);
     __syncthreads();
-    const Taps<3, 3> by(taps);
-    const Four bias = read4(taps + 9 * 4);
-    for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-        const int row = work.top + i / TILE, column = work.left + i % TILE;
-        if (!map.has(row, column)) continue;
-        Four sum = by.sum<1, false>(whole, row, column, bias);
+    const Taps<3, 3, 1, false> by(taps);
+    by.apply<TILE, TILE, Everyone>(whole, work.top, work.left, read4(taps + 9 * 4), [&](int row, int column, Four sum) {
+        if (!map.has(row, column)) return;
         for (int k = 0; k < 4; ++k) sum.at[k] *= sigmoid(sum.at[k]);
-        *reinterpret_cast<Quad*>(y + work.channel + map.offset(work.batch, row, column, map.channels)) = narrow4(sum);
+        *reinterpret_cast<Quad*>(y + map.offset(row, column, map.channels)) = narrow4(sum);
+    });
+}
+
+// silu's derivative at v times dv.
+__device__ __forceinline__ Four silu_back(const Four& v, Four dv) {
+    for (int k = 0; k < 4; ++k) {
+        const float s = sigmoid(v.at[k]);
+        dv.at[k] *= s * (1.0f + v.at[k] * (1.0f - s));
     }
+    return dv;
 }
 
 // dx: (batch, height, width, channels); sums: (batch tiles, 10, channels).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     silu_backward(const Input* dy, const Input* x, const float* weights, Input* dx, float* sums, int pitch, Sizes map) {
     const Work work(map, 1);
     float* taps = shared;
-    float* own = taps + GATED_TAPS * 4;
-    float* scratch = own + GATED_TAPS * 4;
+    float* parts = taps + GATED_TAPS * 4;
     stage_taps(weights + work.channel, GATED_TAPS, map.channels, taps);
     typedef Plane<TILE + 4, TILE + 4> Whole;
-    const Whole whole{reinterpret_cast<Quad*>(scratch + THREADS * 4), work.top - 2, work.left - 2};
-    const Plane<TILE + 2, TILE + 2> before{whole.quads + Whole::QUADS, work.top - 1, work.left - 1};  // of silu
-    x += work.channel;
-    dy += work.channel;
-    whole.fill(map, [&](int row, int column) {
-        return *reinterpret_cast<const Quad*>(x + map.offset(work.batch, row, column, pitch));
-    });
+    typedef Plane<TILE + 2, TILE + 2> Before;
+    const int top = work.top, left = work.left;
+    const Whole whole{reinterpret_cast<Quad*>(parts + WARPS * MOST_SUMS), top - 2, left - 2};
+    const Before before{whole.quads + Whole::QUADS, top - 1, left - 1};  // of silu
+    whole.load(map, x + work.channel + map.map(work.batch, pitch), pitch);
+    dy += work.channel + map.map(work.batch, map.channels);
+    dx += work.channel + map.map(work.batch, map.channels);
+    sums += blockIdx.x / (map.channels / 4) * (long long)GATED_TAPS * map.channels + work.channel;
     __syncthreads();
-    const Taps<3, 3> by(taps);
-    const Four bias = read4(taps + 9 * 4);
-    before.fill(map, [&](int row, int column) {
-        const Four v = by.sum<1, false>(whole, row, column, bias);
-        const Input* at = dy + map.offset(work.batch, row, column, map.channels);
-        Four dv = widen4(at);
-        for (int k = 0; k < 4; ++k) {
-            const float s = sigmoid(v.at[k]);
-            dv.at[k] *= s * (1.0f + v.at[k] * (1.0f - s));
-        }
-        return narrow4(dv);
-    });
+    const Taps<3, 3, 1, false> by(taps);
+    by.apply<TILE + 2, TILE + 2, Everyone>(
+        whole, top - 1, left - 1, read4(taps + 9 * 4), [&](int row, int column, const Four& sum) {
+            Quad quad = {};
+            if (map.has(row, column)) quad = narrow4(silu_back(sum, widen4(dy + map.offset(row, column, map.channels))));
+            before(row, column) = quad;
+        });
     __syncthreads();
-    for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-        const int row = work.top + i / TILE, column = work.left + i % TILE;
-        if (!map.has(row, column)) continue;
-        const Quad sum = narrow4(by.sum<1, true>(before, row, column));
-        *reinterpret_cast<Quad*>(dx + work.channel + map.offset(work.batch, row, column, map.channels)) = sum;
+    typedef WeightGradient<3, 3, 1, FirstHalf> Gradient;
+    if (threadIdx.x < FirstHalf::SIZE) {
+        Gradient::add_up(before, whole, top, left, parts);
+    } else {
+        const Taps<3, 3, 1, true> back(taps);
+        back.apply<TILE, TILE, SecondHalf>(before, top, left, {}, [&](int row, int column, const Four& sum) {
+            if (!map.has(row, column)) return;
+            *reinterpret_cast<Quad*>(dx + map.offset(row, column, map.channels)) = narrow4(sum);
+        });
     }
-    weight_gradient<3, 3, 1>(before, whole, work.top, work.left, scratch, own);
-    const long long part = blockIdx.x / (map.channels / 4) * (long long)GATED_TAPS;
-    for (int i = threadIdx.x; i < GATED_TAPS * 4; i += THREADS)
-        sums[(part + i / 4) * map.channels + work.channel + i % 4] = own[i];
+    __syncthreads();
+    Gradient::write(parts, sums, map.channels);
 }
