@@ -8,8 +8,11 @@ extern __shared__ float shared[];
 // x + dw3x3(dw7x1(dw1x7(x))). A branch's weights, [tap][channel]: 1 x 7, bias, 7 x 1, bias, 3 x 3, bias.
 constexpr int ROW_TAPS = 0, COLUMN_TAPS = 8, SQUARE_TAPS = 16, AXIAL_TAPS = 26;
 
-__device__ __forceinline__ void stage_taps(const float* weights, int taps, int channels, float* to) {
-    for (int i = threadIdx.x; i < taps * 4; i += THREADS) to[i] = weights[i / 4 * channels + i % 4];
+template <int Taps>
+__device__ __forceinline__ void stage_taps(const float* weights, int channels, float* to) {
+    static_assert(Taps * 4 <= THREADS, "a value a thread");
+    const int i = threadIdx.x;
+    if (i < Taps * 4) to[i] = weights[i / 4 * channels + i % 4];
 }
 
 // Planes of one branch with dilation E around the tile at (top, left); all begin where the memory before them ends.
@@ -46,24 +49,24 @@ __device__ __forceinline__ void axial_branch(const Sizes& map, const Work& work,
     axial_planes<E>(map, x, pitch, taps, whole, rows, square);
     const Taps<3, 3, E, false> by(taps + SQUARE_TAPS * 4);
     const Four bias = read4(taps + (SQUARE_TAPS + 9) * 4);
-    by.template apply<TILE, TILE, Everyone>(
+    by.template apply<TILE, TILE, Everyone, 4>(
         square, work.top, work.left, bias, [&](int row, int column, const Four& sum) {
             if (!map.has(row, column)) return;
-            const Quad out = narrow4(add4(widen4(whole(row, column).at), sum));
-            *reinterpret_cast<Quad*>(y + map.offset(row, column, map.channels)) = out;
+            const Quad out = narrow4(add4(widen4(whole(row, column)), sum));
+            map.at(y, row, column, map.channels) = out;
         });
 }
 
 // x: (batch, height, width, pitch), of which 3 channels are read, branch after branch; weights: (3, 26, channels);
 // y: (3 batch, height, width, channels). A block for every tile, branch and four channels.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     axial_forward(const Input* x, const float* weights, Input* y, int batches, int pitch, Sizes map) {
     const Work work(map, 3);
     float* taps = shared;
     Quad* planes = reinterpret_cast<Quad*>(shared + AXIAL_TAPS * 4);
-    stage_taps(weights + work.branch * AXIAL_TAPS * map.channels + work.channel, AXIAL_TAPS, map.channels, taps);
-    x += work.branch * map.channels + work.channel + map.map(work.batch, pitch);
-    y += work.channel + map.map(work.branch * batches + work.batch, map.channels);
+    stage_taps<AXIAL_TAPS>(weights + work.branch * AXIAL_TAPS * map.channels + work.channel, map.channels, taps);
+    x += work.branch * map.channels + work.channel + map.before(work.batch, pitch);
+    y += work.channel + map.before(work.branch * batches + work.batch, map.channels);
     if (work.branch == 0) axial_branch<1>(map, work, x, pitch, taps, planes, y);
     if (work.branch == 1) axial_branch<2>(map, work, x, pitch, taps, planes, y);
     if (work.branch == 2) axial_branch<3>(map, work, x, pitch, taps, planes, y);
@@ -103,8 +106,8 @@ __device__ __forceinline__ void axial_branch_back(const Sizes& map, const Work& 
     ColumnGradient::write(parts, sums + COLUMN_TAPS * map.channels, map.channels);
     RowGradient::write(row_parts, sums + ROW_TAPS * map.channels, map.channels);
     Taps<1, 7, E, true>(taps + ROW_TAPS * 4)
-        .template apply<TILE, TILE, Everyone>(drows, top, left, {}, [&](int row, int column, const Four& sum) {
-            result(row, column) = narrow4(add4(widen4(out(row, column).at), sum));
+        .template apply<TILE, TILE, Everyone, 6>(drows, top, left, {}, [&](int row, int column, const Four& sum) {
+            result(row, column) = narrow4(add4(widen4(out(row, column)), sum));
         });
     __syncthreads();
     result.store(map, dx, 3 * map.channels);
@@ -119,11 +122,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     float* taps = shared;
     float* parts = taps + AXIAL_TAPS * 4;
     Quad* planes = reinterpret_cast<Quad*>(parts + WARPS * MOST_SUMS);
-    stage_taps(weights + work.branch * AXIAL_TAPS * map.channels + work.channel, AXIAL_TAPS, map.channels, taps);
-    dy += work.channel + map.map(work.branch * batches + work.batch, map.channels);
-    x += work.branch * map.channels + work.channel + map.map(work.batch, pitch);
-    dx += work.branch * map.channels + work.channel + map.map(work.batch, 3 * map.channels);
-    sums += blockIdx.x / (map.channels / 4) * (long long)AXIAL_TAPS * map.channels + work.channel;
+    stage_taps<AXIAL_TAPS>(weights + work.branch * AXIAL_TAPS * map.channels + work.channel, map.channels, taps);
+    dy += work.channel + map.before(work.branch * batches + work.batch, map.channels);
+    x += work.branch * map.channels + work.channel + map.before(work.batch, pitch);
+    dx += work.branch * map.channels + work.channel + map.before(work.batch, 3 * map.channels);
+    sums += (long long)work.part * AXIAL_TAPS * map.channels + work.channel;
     if (work.branch == 0) axial_branch_back<1>(map, work, dy, x, pitch, taps, parts, planes, dx, sums);
     if (work.branch == 1) axial_branch_back<2>(map, work, dy, x, pitch, taps, parts, planes, dx, sums);
     if (work.branch == 2) axial_branch_back<3>(map, work, dy, x, pitch, taps, parts, planes, dx, sums);
@@ -135,20 +138,22 @@ constexpr int GATED_TAPS = 10;
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(x * -LOG2E)); }
 
 // x: (batch, height, width, pitch); weights: (10, channels); y: (batch, height, width, channels).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     silu_forward(const Input* x, const float* weights, Input* y, int pitch, Sizes map) {
     const Work work(map, 1);
     float* taps = shared;
-    stage_taps(weights + work.channel, GATED_TAPS, map.channels, taps);
-    const Plane<TILE + 2, TILE + 2> whole{reinterpret_cast<Quad*>(shared + GATED_TAPS * 4), work.top - 1, work.left - 1};
-    whole.load(map, x + work.channel + map.map(work.batch, pitch), pitch);
-    y += work.channel + map.map(work.batch, map.channels);
+    stage_taps<GATED_TAPS>(weights + work.channel, map.channels, taps);
+    Quad* planes = reinterpret_cast<Quad*>(shared + GATED_TAPS * 4);
+    const Plane<TILE + 2, TILE + 2> whole{planes, work.top - 1, work.left - 1};
+    whole.load(map, x + work.channel + map.before(work.batch, pitch), pitch);
+    y += work.channel + map.before(work.batch, map.channels);
     __syncthreads();
     const Taps<3, 3, 1, false> by(taps);
-    by.apply<TILE, TILE, Everyone>(whole, work.top, work.left, read4(taps + 9 * 4), [&](int row, int column, Four sum) {
+    const Four bias = read4(taps + 9 * 4);
+    by.apply<TILE, TILE, Everyone, 4>(whole, work.top, work.left, bias, [&](int row, int column, Four sum) {
         if (!map.has(row, column)) return;
         for (int k = 0; k < 4; ++k) sum.at[k] *= sigmoid(sum.at[k]);
-        *reinterpret_cast<Quad*>(y + map.offset(row, column, map.channels)) = narrow4(sum);
+        map.at(y, row, column, map.channels) = narrow4(sum);
     });
 }
 
@@ -167,35 +172,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     const Work work(map, 1);
     float* taps = shared;
     float* parts = taps + GATED_TAPS * 4;
-    stage_taps(weights + work.channel, GATED_TAPS, map.channels, taps);
+    stage_taps<GATED_TAPS>(weights + work.channel, map.channels, taps);
     typedef Plane<TILE + 4, TILE + 4> Whole;
     typedef Plane<TILE + 2, TILE + 2> Before;
     const int top = work.top, left = work.left;
     const Whole whole{reinterpret_cast<Quad*>(parts + WARPS * MOST_SUMS), top - 2, left - 2};
     const Before before{whole.quads + Whole::QUADS, top - 1, left - 1};  // of silu
-    whole.load(map, x + work.channel + map.map(work.batch, pitch), pitch);
-    dy += work.channel + map.map(work.batch, map.channels);
-    dx += work.channel + map.map(work.batch, map.channels);
-    sums += blockIdx.x / (map.channels / 4) * (long long)GATED_TAPS * map.channels + work.channel;
+    whole.load(map, x + work.channel + map.before(work.batch, pitch), pitch);
     __syncthreads();
+    dy += work.channel + map.before(work.batch, map.channels);
     const Taps<3, 3, 1, false> by(taps);
-    by.apply<TILE + 2, TILE + 2, Everyone>(
+    by.apply<TILE + 2, TILE + 2, Everyone, 5>(
         whole, top - 1, left - 1, read4(taps + 9 * 4), [&](int row, int column, const Four& sum) {
-            Quad quad = {};
-            if (map.has(row, column)) quad = narrow4(silu_back(sum, widen4(dy + map.offset(row, column, map.channels))));
-            before(row, column) = quad;
+            const bool inside = map.has(row, column);
+            const Quad dv = inside ? map.at(dy, row, column, map.channels) : Quad{};
+            before(row, column) = inside ? narrow4(silu_back(sum, widen4(dv))) : Quad{};
         });
     __syncthreads();
     typedef WeightGradient<3, 3, 1, FirstHalf> Gradient;
     if (threadIdx.x < FirstHalf::SIZE) {
         Gradient::add_up(before, whole, top, left, parts);
     } else {
+        dx += work.channel + map.before(work.batch, map.channels);
         const Taps<3, 3, 1, true> back(taps);
-        back.apply<TILE, TILE, SecondHalf>(before, top, left, {}, [&](int row, int column, const Four& sum) {
+        back.apply<TILE, TILE, SecondHalf, 4>(before, top, left, {}, [&](int row, int column, const Four& sum) {
             if (!map.has(row, column)) return;
-            *reinterpret_cast<Quad*>(dx + map.offset(row, column, map.channels)) = narrow4(sum);
+            map.at(dx, row, column, map.channels) = narrow4(sum);
         });
     }
     __syncthreads();
+    sums += (long long)work.part * GATED_TAPS * map.channels + work.channel;
     Gradient::write(parts, sums, map.channels);
 }

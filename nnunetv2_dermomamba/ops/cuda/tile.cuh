@@ -1,13 +1,18 @@
-// Tiles of a map in shared memory, for depthwise convolutions: four channels of a position ("quad") side by side, as they
-// are stored. After four.cuh and input.cuh. Compiled with -DTILE=<side of a tile of results, in positions>.
+// Tiles of a map in shared memory, for depthwise convolutions: four channels of a position ("quad") side by side, as
+// they are stored. After four.cuh and input.cuh. Compiled with -DTILE=<side of a tile of results, in positions>.
 
 constexpr int THREADS = 256;
 
-typedef FourInputs Quad;
+// Four inputs as words, which are copied and selected with fewer instructions.
+struct alignas(sizeof(FourInputs)) Quad {
+    unsigned words[sizeof(FourInputs) / 4];
+};
+
+__device__ __forceinline__ Four widen4(const Quad& q) { return widen4(reinterpret_cast<const Input*>(&q)); }
 
 __device__ __forceinline__ Quad narrow4(const Four& v) {
     Quad q;
-    for (int k = 0; k < 4; ++k) q.at[k] = narrow(v.at[k]);
+    for (int k = 0; k < 4; ++k) reinterpret_cast<Input*>(&q)[k] = narrow(v.at[k]);
     return q;
 }
 
@@ -34,11 +39,18 @@ struct Sizes {
     __device__ __forceinline__ bool has(int row, int column) const {
         return (unsigned)row < (unsigned)height && (unsigned)column < (unsigned)width;
     }
-    __device__ __forceinline__ long long map(int batch, int pitch) const {
+    // Elements before a map.
+    __device__ __forceinline__ long long before(int batch, int pitch) const {
         return (long long)batch * height * width * pitch;
     }
-    __device__ __forceinline__ long long offset(int row, int column, int pitch) const {
-        return (long long)(row * width + column) * pitch;
+    // Of a map that begins at ``first``. Bytes and no signs: one instruction multiplies and adds.
+    __device__ __forceinline__ const Quad& at(const Input* first, int row, int column, int pitch) const {
+        const unsigned position = row * width + column, size = pitch * sizeof(Input);
+        const unsigned long long bytes = (unsigned long long)position * size;
+        return *reinterpret_cast<const Quad*>(reinterpret_cast<const char*>(first) + bytes);
+    }
+    __device__ __forceinline__ Quad& at(Input* first, int row, int column, int pitch) const {
+        return const_cast<Quad&>(at(const_cast<const Input*>(first), row, column, pitch));
     }
 };
 
@@ -58,8 +70,7 @@ struct Plane {
         for (int i = threadIdx.x; i < Rows * Columns; i += THREADS) {
             const int row = i / Columns, column = i % Columns;
             Quad quad = {};
-            if (map.has(top + row, left + column))
-                quad = *reinterpret_cast<const Quad*>(from + map.offset(top + row, left + column, pitch));
+            if (map.has(top + row, left + column)) quad = map.at(from, top + row, left + column, pitch);
             quads[row * PITCH + column] = quad;
         }
     }
@@ -68,24 +79,23 @@ struct Plane {
         for (int i = threadIdx.x; i < Rows * Columns; i += THREADS) {
             const int row = i / Columns, column = i % Columns;
             if (map.has(top + row, left + column))
-                *reinterpret_cast<Quad*>(to + map.offset(top + row, left + column, pitch)) = quads[row * PITCH + column];
+                map.at(to, top + row, left + column, pitch) = quads[row * PITCH + column];
         }
     }
 };
 
 // Which tile, batch and channels are a block's: blocks of the same positions are neighbours, since they share lines.
+// ``part``: blocks of other channels have the same one. Divisions without a sign are shorter.
 struct Work {
-    int batch, branch, channel, top, left;
+    int batch, branch, channel, top, left, part;
 
-    __device__ __forceinline__ Work(const Sizes& map, int branches) {
-        const int quads = map.channels / 4, across = (map.width + TILE - 1) / TILE;
-        const int tiles = across * ((map.height + TILE - 1) / TILE);
-        int index = blockIdx.x;
-        channel = index % quads * 4;
-        index /= quads;
-        branch = index % branches;
-        index /= branches;
-        const int tile = index % tiles;
+    __device__ __forceinline__ Work(const Sizes& map, unsigned branches) {
+        const unsigned quads = map.channels / 4u, across = (map.width + TILE - 1u) / TILE;
+        const unsigned tiles = across * ((map.height + TILE - 1u) / TILE);
+        part = blockIdx.x / quads;
+        channel = blockIdx.x % quads * 4;
+        branch = part % branches;
+        const unsigned index = part / branches, tile = index % tiles;
         batch = index / tiles;
         top = tile / across * TILE;
         left = tile % across * TILE;

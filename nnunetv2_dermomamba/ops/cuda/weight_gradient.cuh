@@ -1,20 +1,20 @@
 // Gradients of a kernel's weights over a tile: of every tap and, behind the last, of the bias. After taps.cuh.
 //
-// A thread adds up every tap's products over one run of positions, so that a value is loaded once for all taps along the
-// run. Then a warp's threads add up theirs, and at last the warps: always in the same order.
+// A thread adds up every tap's products over one run of positions, so that a value is loaded once for all taps along
+// the run. Then a warp's threads add up theirs, and at last the warps: always in the same order.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int MOST_SUMS = 40;  // of a warp: 3 x 3 taps and the bias, of four channels
 
-// Of the shortest run of which ``threads`` threads need no second one.
+// Positions of the shortest runs of which ``threads`` threads have to take only one each.
 constexpr __device__ int shortest_run(int dilation, int threads) {
     int run = 1;
     while ((TILE + run * dilation - 1) / (run * dilation) * dilation * TILE > threads) ++run;
     return run;
 }
 
-// Sums of ``Count`` values, a power of two, over a warp's threads: lane's is the sum of value lane * Count / 32. In every
-// step a thread gives away the half of its sums that the other one keeps.
+// Sums of ``Count`` values, a power of two, over a warp's threads: a lane's is that of value lane * Count / 32. In
+// every step a thread gives away the half of its sums that the other one keeps.
 template <int Count, int Lanes = 16>
 __device__ __forceinline__ float sum_of_warp(float* values) {
     constexpr int HALF = Count / 2;
@@ -35,27 +35,30 @@ __device__ __forceinline__ float sum_of_warp(float* values) {
 
 template <int Height, int Width, int Dilation, typename Team>
 struct WeightGradient {
-    typedef Shape<Height, Width> Of;
+    typedef Shape<Height, Width, Dilation> Of;
     static constexpr int SUMS = (Of::TAPS + 1) * 4;
     static constexpr int RUN = shortest_run(Dilation, Team::SIZE);
     typedef Runs<TILE, Dilation, RUN> Axis;
+    // Seven taps' planes reach so far that a run may begin before the tile.
+    static_assert(Axis::GROUP <= TILE + (Of::ALONG == 7 ? Dilation : 0), "the planes hold what a run reads");
     static constexpr int PARTS = (TILE * Axis::COUNT + 31) / 32;  // as many warps have runs
 
-    // Of the run that begins at (row, column); ``repeats(k)``: its position k counts in another run.
+    // Of the run that begins at (row, column); ``repeats(k)``: its position k is not its own to count.
     template <typename G, typename V, typename F>
     static __device__ __forceinline__ void add_run(const G& gradient, const V& value, int row, int column, F repeats,
                                                    float (&sums)[SUMS]) {
         const Quad* gradients = &gradient(row, column);
         const Quad* values = &value(row - Height / 2 * Dilation, column - Width / 2 * Dilation);
         Four g[RUN];
+#pragma unroll
         for (int step = 0; step < RUN + Of::ALONG - 1; ++step) {
             if (step < RUN) {
-                g[step] = widen4(gradients[step * Of::template STEP<G> * Dilation].at);
+                g[step] = widen4(gradients[step * Of::template STEP<G>]);
                 if (repeats(step)) g[step] = {};
                 for (int k = 0; k < 4; ++k) sums[Of::TAPS * 4 + k] += g[step].at[k];
             }
             for (int j = 0; j < Of::ACROSS; ++j) {
-                const Four v = widen4(values[(step * Of::template STEP<V> + j) * Dilation].at);
+                const Four v = widen4(values[step * Of::template STEP<V> + j * Dilation]);
                 for (int i = 0; i < Of::ALONG; ++i) {
                     if (step < i || step - i >= RUN) continue;
                     float* sum = sums + (i * Of::ACROSS + j) * 4;
