@@ -192,13 +192,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     whole.load(map, x + work.channel + map.before(work.batch, pitch), pitch);
     __syncthreads();
     dy += work.channel + map.before(work.batch, map.channels);
-    const Taps<3, 3, 1, false> by(taps);
-    by.apply<TILE + 2, TILE + 2, Everyone, 5>(
-        whole, top - 1, left - 1, read4(taps + 9 * 4), [&](int row, int column, const Four& sum) {
-            const bool inside = map.has(row, column);
-            const Quad dv = inside ? map.at(dy, row, column, map.channels) : Quad{};
-            before(row, column) = inside ? narrow4(silu_back(sum, widen4(dv))) : Quad{};
-        });
+    typedef Taps<3, 3, 1, false> Kernel;
+    typedef Kernel::RunOver<TILE + 2, TILE + 2, 5> R;
+    const Kernel by(taps);
+    const Four bias = read4(taps + 9 * 4);
+    by.for_runs<TILE + 2, TILE + 2, Everyone, 5>(top - 1, left - 1, [&](const R& run) {
+        const Fours<R::SIZE> v = by.sums(whole, run, bias);
+        Quad dv[R::SIZE];  // 0 outside the map; all are asked for before the first is waited for
+#pragma unroll
+        for (int k = 0; k < R::SIZE; ++k) {
+            const int row = run.row(k), column = run.column(k);
+            dv[k] = map.has(row, column) ? map.at(dy, row, column, map.channels) : Quad{};
+        }
+#pragma unroll
+        for (int k = 0; k < R::SIZE; ++k)
+            before(run.row(k), run.column(k)) = narrow4(silu_back(v.of[k], widen4(dv[k])));
+    });
     __syncthreads();
     typedef WeightGradient<3, 3, 1, FirstHalf> Gradient;
     if (threadIdx.x < FirstHalf::SIZE) {

@@ -1,14 +1,14 @@
 // Depthwise kernels applied to planes. After tile.cuh.
 //
 // A thread makes a run of results that follow each other along the kernel's taps, ``Dilation`` apart: what one needs,
-// the next needs as well, and is loaded and widened once. A kernel of several rows runs down, one of a single row to the
+// the next needs as well, and is loaded and widened once. Kernels of several rows run down, those of one row run to the
 // right; a warp's runs lie side by side.
 
-// An axis of ``Length`` positions as runs of ``Run``. The last ones begin early enough to end within the axis: they
+// An axis of ``Length`` positions as runs of ``Size``. The last ones begin early enough to end within the axis: they
 // repeat positions of the runs before, or (if there are none) begin before the axis.
-template <int Length, int Dilation, int Run>
+template <int Length, int Dilation, int Size>
 struct Runs {
-    static constexpr int GROUP = Run * Dilation;  // positions of as many runs as begin side by side
+    static constexpr int GROUP = Size * Dilation;  // positions of as many runs as begin side by side
     static constexpr int COUNT = (Length + GROUP - 1) / GROUP * Dilation;
     static constexpr bool EVEN = Length % GROUP == 0;
 
@@ -19,6 +19,21 @@ struct Runs {
     static __device__ __forceinline__ bool repeats(int run, int position) {
         return !EVEN && position < run / Dilation * GROUP;
     }
+};
+
+// One of them on a map.
+template <bool Down, int Dilation, int Size>
+struct Run {
+    static constexpr int SIZE = Size;
+    int top, left;
+
+    __device__ __forceinline__ int row(int k) const { return top + (Down ? k * Dilation : 0); }
+    __device__ __forceinline__ int column(int k) const { return left + (Down ? 0 : k * Dilation); }
+};
+
+template <int Count>
+struct Fours {
+    Four of[Count];
 };
 
 // What a kernel's shape says about its runs.
@@ -58,42 +73,52 @@ struct Taps {
     __device__ __forceinline__ explicit Taps(const float* weights) {
         for (int tap = 0; tap < Of::TAPS; ++tap) at[Flip ? Of::TAPS - 1 - tap : tap] = read4(weights + tap * 4);
     }
-    // Adds to ``sums`` what the kernel makes around a run's positions, the first of which is given.
-    template <int Run, typename P>
-    __device__ __forceinline__ void add(const P& from, int row, int column, Four (&sums)[Run]) const {
-        const Quad* first = &from(row - Height / 2 * Dilation, column - Width / 2 * Dilation);
+    // What the kernel makes around a run's positions.
+    template <typename P, typename R>
+    __device__ __forceinline__ Fours<R::SIZE> sums(const P& from, const R& run, const Four& start) const {
+        Fours<R::SIZE> sums;
+        for (Four& sum : sums.of) sum = start;
+        const Quad* first = &from(run.row(0) - Height / 2 * Dilation, run.column(0) - Width / 2 * Dilation);
 #pragma unroll
-        for (int step = 0; step < Run + Of::ALONG - 1; ++step)
+        for (int step = 0; step < R::SIZE + Of::ALONG - 1; ++step)
             for (int j = 0; j < Of::ACROSS; ++j) {
                 const Four value = widen4(first[step * Of::template STEP<P> + j * Dilation]);
                 for (int i = 0; i < Of::ALONG; ++i) {
-                    if (step < i || step - i >= Run) continue;
+                    if (step < i || step - i >= R::SIZE) continue;
                     const Four& weight = at[i * Of::ACROSS + j];
-                    for (int k = 0; k < 4; ++k)
-                        sums[step - i].at[k] = fmaf(value.at[k], weight.at[k], sums[step - i].at[k]);
+                    Four& sum = sums.of[step - i];
+                    for (int k = 0; k < 4; ++k) sum.at[k] = fmaf(value.at[k], weight.at[k], sum.at[k]);
                 }
             }
+        return sums;
     }
-    // Has a team give the results around ``Rows`` x ``Columns`` positions from (top, left), ``start`` added, to
-    // ``take(row, column, result)``, some of them twice. Runs have up to ``Most`` results, which are registers.
-    template <int Rows, int Columns, typename Team, int Most, typename P, typename F>
-    __device__ __forceinline__ void apply(const P& from, int top, int left, const Four& start, F take) const {
+    // What cuts ``Rows`` x ``Columns`` positions. A run has up to ``Most`` of them: their results are registers.
+    template <int Rows, int Columns, int Most>
+    using RunOver = Run<Of::DOWN, Dilation, Of::best_run(Of::DOWN ? Rows : Columns, Of::DOWN ? Columns : Rows, Most)>;
+
+    // Has a team take the runs over ``Rows`` x ``Columns`` positions from (top, left), some positions twice.
+    template <int Rows, int Columns, typename Team, int Most, typename F>
+    static __device__ __forceinline__ void for_runs(int top, int left, F work) {
         constexpr int LENGTH = Of::DOWN ? Rows : Columns, LINES = Of::DOWN ? Columns : Rows;
-        constexpr int RUN = Of::best_run(LENGTH, LINES, Most);
-        typedef Runs<LENGTH, Dilation, RUN> Axis;
+        typedef RunOver<Rows, Columns, Most> R;
+        typedef Runs<LENGTH, Dilation, R::SIZE> Axis;
 #pragma unroll 1
         for (int before = 0; before < LINES * Axis::COUNT; before += Team::SIZE) {  // often just once
             const int i = before + Team::me();
             if (i >= LINES * Axis::COUNT) break;
             const int line = i % LINES, first = Axis::first(i / LINES);
-            const int row = top + (Of::DOWN ? first : line), column = left + (Of::DOWN ? line : first);
-            Four sums[RUN];
-            for (Four& sum : sums) sum = start;
-            add(from, row, column, sums);
-#pragma unroll
-            for (int k = 0; k < RUN; ++k)
-                take(row + (Of::DOWN ? k * Dilation : 0), column + (Of::DOWN ? 0 : k * Dilation), sums[k]);
+            work(R{top + (Of::DOWN ? first : line), left + (Of::DOWN ? line : first)});
         }
+    }
+    // As ``for_runs``; gives ``take(row, column, result)`` the results around the positions, ``start`` added.
+    template <int Rows, int Columns, typename Team, int Most, typename P, typename F>
+    __device__ __forceinline__ void apply(const P& from, int top, int left, const Four& start, F take) const {
+        typedef RunOver<Rows, Columns, Most> R;
+        for_runs<Rows, Columns, Team, Most>(top, left, [&](const R& run) {
+            const Fours<R::SIZE> results = sums(from, run, start);
+#pragma unroll
+            for (int k = 0; k < R::SIZE; ++k) take(run.row(k), run.column(k), results.of[k]);
+        });
     }
     // Has all threads fill ``to`` with what the kernel makes of ``from``, 0 outside the map.
     template <typename P, int Rows, int Columns>
