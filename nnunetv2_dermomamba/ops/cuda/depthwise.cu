@@ -25,13 +25,12 @@ struct Axial {
     typedef Plane<TILE, TILE + 6 * E> RowsBack;
 };
 
-// What both passes begin with: x, and what 1 x 7 and 7 x 1 make of it.
+// What 1 x 7 and 7 x 1 make of x, which is ``whole``: both passes begin with it.
 template <int E>
-__device__ __forceinline__ void axial_planes(const Sizes& map, const Input* x, int pitch, const float* taps,
+__device__ __forceinline__ void axial_planes(const Sizes& map, const float* taps,
                                              const typename Axial<E>::Whole& whole,
                                              const typename Axial<E>::Rows& rows,
                                              const typename Axial<E>::Square& square) {
-    whole.load(map, x, pitch);
     __syncthreads();
     Taps<1, 7, E, false>(taps + ROW_TAPS * 4).fill(rows, map, whole, read4(taps + (ROW_TAPS + 7) * 4));
     __syncthreads();
@@ -46,7 +45,8 @@ __device__ __forceinline__ void axial_branch(const Sizes& map, const Work& work,
     const typename A::Whole whole{planes, work.top - 4 * E, work.left - 4 * E};
     const typename A::Rows rows{whole.quads + A::Whole::QUADS, work.top - 4 * E, work.left - E};
     const typename A::Square square{rows.quads + A::Rows::QUADS, work.top - E, work.left - E};
-    axial_planes<E>(map, x, pitch, taps, whole, rows, square);
+    whole.each([&](int row, int column) { whole(row, column) = map.read(x, row, column, pitch); });
+    axial_planes<E>(map, taps, whole, rows, square);
     const Taps<3, 3, E, false> by(taps + SQUARE_TAPS * 4);
     const Four bias = read4(taps + (SQUARE_TAPS + 9) * 4);
     by.template apply<TILE, TILE, Everyone, 4>(
@@ -88,8 +88,11 @@ __device__ __forceinline__ void axial_branch_back(const Sizes& map, const Work& 
     const typename A::SquareBack dsquare{square.quads, top - 3 * E, left - 3 * E};  // in its place
     const typename A::RowsBack drows{dsquare.quads + A::SquareBack::QUADS, top, left - 3 * E};
     const Plane<TILE, TILE> result{rows.quads, top, left};  // in its place
-    out.load(map, dy, map.channels);
-    axial_planes<E>(map, x, pitch, taps, whole, rows, square);
+    whole.each([&](int row, int column) {
+        whole(row, column) = map.read(x, row, column, pitch);
+        out(row, column) = map.read(dy, row, column, map.channels);
+    });
+    axial_planes<E>(map, taps, whole, rows, square);
     SquareGradient::add_up(out, square, top, left, parts);
     __syncthreads();
     SquareGradient::write(parts, sums + SQUARE_TAPS * map.channels, map.channels);
@@ -110,7 +113,9 @@ __device__ __forceinline__ void axial_branch_back(const Sizes& map, const Work& 
             result(row, column) = narrow4(add4(widen4(out(row, column)), sum));
         });
     __syncthreads();
-    result.store(map, dx, 3 * map.channels);
+    result.each([&](int row, int column) {
+        if (map.has(row, column)) map.at(dx, row, column, 3 * map.channels) = result(row, column);
+    });
 }
 
 // dx: (batch, height, width, 3 channels); sums: (batch tiles, 3, 26, channels), a block's own part of the weights'
@@ -156,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     stage_taps<GATED_TAPS>(weights + work.channel, map.channels, taps);
     Quad* planes = reinterpret_cast<Quad*>(shared + GATED_TAPS * 4);
     const Plane<TILE + 2, TILE + 2> whole{planes, work.top - 1, work.left - 1};
-    whole.load(map, x + work.channel + map.before(work.batch, pitch), pitch);
+    x += work.channel + map.before(work.batch, pitch);
+    whole.each([&](int row, int column) { whole(row, column) = map.read(x, row, column, pitch); });
     y += work.channel + map.before(work.batch, map.channels);
     __syncthreads();
     const Taps<3, 3, 1, false> by(taps);
@@ -189,7 +195,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     const int top = work.top, left = work.left;
     const Whole whole{reinterpret_cast<Quad*>(parts + WARPS * MOST_SUMS), top - 2, left - 2};
     const Before before{whole.quads + Whole::QUADS, top - 1, left - 1};  // of silu
-    whole.load(map, x + work.channel + map.before(work.batch, pitch), pitch);
+    x += work.channel + map.before(work.batch, pitch);
+    whole.each([&](int row, int column) { whole(row, column) = map.read(x, row, column, pitch); });
     __syncthreads();
     dy += work.channel + map.before(work.batch, map.channels);
     typedef Taps<3, 3, 1, false> Kernel;
@@ -200,10 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
         const Fours<R::SIZE> v = by.sums(whole, run, bias);
         Quad dv[R::SIZE];  // 0 outside the map; all are asked for before the first is waited for
 #pragma unroll
-        for (int k = 0; k < R::SIZE; ++k) {
-            const int row = run.row(k), column = run.column(k);
-            dv[k] = map.has(row, column) ? map.at(dy, row, column, map.channels) : Quad{};
-        }
+        for (int k = 0; k < R::SIZE; ++k) dv[k] = map.read(dy, run.row(k), run.column(k), map.channels);
 #pragma unroll
         for (int k = 0; k < R::SIZE; ++k)
             before(run.row(k), run.column(k)) = narrow4(silu_back(v.of[k], widen4(dv[k])));

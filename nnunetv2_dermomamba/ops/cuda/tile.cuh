@@ -52,6 +52,10 @@ struct Sizes {
     __device__ __forceinline__ Quad& at(Input* first, int row, int column, int pitch) const {
         return const_cast<Quad&>(at(const_cast<const Input*>(first), row, column, pitch));
     }
+    // 0 outside the map.
+    __device__ __forceinline__ Quad read(const Input* first, int row, int column, int pitch) const {
+        return has(row, column) ? at(first, row, column, pitch) : Quad{};
+    }
 };
 
 // ``Rows`` x ``Columns`` positions of a map from (top, left), which may be outside of it.
@@ -65,22 +69,10 @@ struct Plane {
     __device__ __forceinline__ Quad& operator()(int row, int column) const {
         return quads[(row - top) * PITCH + column - left];
     }
-    // Loads the positions inside the map, and makes the others 0.
-    __device__ __forceinline__ void load(const Sizes& map, const Input* from, int pitch) const {
-        for (int i = threadIdx.x; i < Rows * Columns; i += THREADS) {
-            const int row = i / Columns, column = i % Columns;
-            Quad quad = {};
-            if (map.has(top + row, left + column)) quad = map.at(from, top + row, left + column, pitch);
-            quads[row * PITCH + column] = quad;
-        }
-    }
-    // Stores the positions inside the map.
-    __device__ __forceinline__ void store(const Sizes& map, Input* to, int pitch) const {
-        for (int i = threadIdx.x; i < Rows * Columns; i += THREADS) {
-            const int row = i / Columns, column = i % Columns;
-            if (map.has(top + row, left + column))
-                map.at(to, top + row, left + column, pitch) = quads[row * PITCH + column];
-        }
+    // Has the threads share the positions.
+    template <typename F>
+    __device__ __forceinline__ void each(F work) const {
+        for (int i = threadIdx.x; i < Rows * Columns; i += THREADS) work(top + i / Columns, left + i % Columns);
     }
 };
 
