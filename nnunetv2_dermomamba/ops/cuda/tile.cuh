@@ -8,11 +8,16 @@ struct alignas(sizeof(FourInputs)) Quad {
     unsigned words[sizeof(FourInputs) / 4];
 };
 
-__device__ __forceinline__ Four widen4(const Quad& q) { return widen4(reinterpret_cast<const Input*>(&q)); }
-
+__device__ __forceinline__ Four widen4(const Quad& q) {
+    FourInputs inputs;
+    memcpy(&inputs, &q, sizeof q);
+    return widen4(inputs.at);
+}
 __device__ __forceinline__ Quad narrow4(const Four& v) {
+    FourInputs inputs;
+    for (int k = 0; k < 4; ++k) inputs.at[k] = narrow(v.at[k]);
     Quad q;
-    for (int k = 0; k < 4; ++k) reinterpret_cast<Input*>(&q)[k] = narrow(v.at[k]);
+    memcpy(&q, &inputs, sizeof q);
     return q;
 }
 
