@@ -47,8 +47,8 @@ struct Shape {
     template <typename P>
     static constexpr int STEP = (DOWN ? P::PITCH : 1) * Dilation;  // between neighbours of a run, in quads
 
-    // Instructions for the results of ``length`` x ``lines`` positions in runs of ``run``, about: 30 to begin one, 9 for
-    // what becomes of a result, 5 to load and widen a quad.
+    // Instructions for the results of ``length`` x ``lines`` positions in runs of ``run``, about: 30 to begin one, 9
+    // for what becomes of a result, 5 to load and widen a quad.
     static constexpr __device__ int cost(int length, int lines, int run) {
         const int runs = (length + run * Dilation - 1) / (run * Dilation) * Dilation;
         const int loads = (run + ALONG - 1) * ACROSS;
