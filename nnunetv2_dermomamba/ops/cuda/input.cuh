@@ -1,39 +1,50 @@
 // Inputs of 32 or 16 bits as float and back, four positions at once. Compiled with -DINPUT=0 (float32), 1 (float16) or
 // 2 (bfloat16): plain bits, so that no header of the CUDA toolkit is needed.
 
-#if INPUT == 0
-typedef float Input;
-__device__ __forceinline__ float widen(Input x) { return x; }
-#else
-typedef unsigned short Input;
-__device__ __forceinline__ float widen(Input x) {
-#if INPUT == 1 && defined(EMULATED)
-    return emulated_half(x);
-#elif INPUT == 1
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-#else
-    return __uint_as_float((unsigned)x << 16);
-#endif
-}
-#endif
+// How values of one type are stored: of 16 bits here, of 32 below.
+template <int KIND>
+struct Kind {
+    typedef unsigned short Stored;
 
-__device__ __forceinline__ Input narrow(float x) {
-#if INPUT == 0
-    return x;
-#elif defined(EMULATED)
-    return INPUT == 1 ? emulated_narrow_half(x) : emulated_narrow_bfloat(x);
-#elif INPUT == 1
-    Input y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
+    static __device__ __forceinline__ float widen(Stored x) {
+        if constexpr (KIND == 2) {
+            return __uint_as_float((unsigned)x << 16);
+        } else {
+#ifdef EMULATED
+            return emulated_half(x);
 #else
-    Input y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
+            float y;
+            asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+            return y;
 #endif
-}
+        }
+    }
+    static __device__ __forceinline__ Stored narrow(float x) {
+#ifdef EMULATED
+        return KIND == 1 ? emulated_narrow_half(x) : emulated_narrow_bfloat(x);
+#else
+        Stored y;
+        if constexpr (KIND == 1)
+            asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+        else
+            asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+        return y;
+#endif
+    }
+};
+
+template <>
+struct Kind<0> {
+    typedef float Stored;
+
+    static __device__ __forceinline__ float widen(float x) { return x; }
+    static __device__ __forceinline__ float narrow(float x) { return x; }
+};
+
+typedef Kind<INPUT>::Stored Input;
+
+__device__ __forceinline__ float widen(Input x) { return Kind<INPUT>::widen(x); }
+__device__ __forceinline__ Input narrow(float x) { return Kind<INPUT>::narrow(x); }
 
 struct alignas(4 * sizeof(Input)) FourInputs {
     Input at[4];
