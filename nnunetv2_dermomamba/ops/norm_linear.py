@@ -1,23 +1,36 @@
 """LayerNorm, gate and linear map of few channels as one pass: PyTorch's own, or a kernel where one serves.
 
 PyTorch's LayerNorm spends most of its time between rows where they have 4 or 8 channels, as in the first stages. On a
-GPU a Triton kernel serves training and inference, on a CPU a Numba kernel inference.
+GPU a CUDA kernel serves those few channels and a Triton kernel the others, on a CPU a Numba kernel inference.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backends import own_gpu_kernels
+from .backends import choose_backend, own_gpu_kernels
 from .cpu_inference import numba_infers
 from .library import no_double_backward
 
 WIDEST_IN, WIDEST_OUT = 128, 256
 """Channels c and m that a program of the Triton kernels can hold."""
+
+
+def _gpu_kernels(x: Tensor, gate: Tensor | None, matrix: Tensor) -> ModuleType:
+    """The module whose kernels serve; neither need be there for PyTorch's own."""
+    if choose_backend("cuda", x.dtype) == "cuda":
+        from . import cuda_norm_linear
+
+        if cuda_norm_linear.serves(x, gate, matrix):
+            return cuda_norm_linear
+    from . import triton_norm_linear
+
+    return triton_norm_linear
 
 
 @torch.library.custom_op("dermomamba::norm_linear", mutates_args=())
@@ -31,9 +44,7 @@ def _forward(
     kind: torch.dtype,
     maps: int,
 ) -> Tensor:
-    from .triton_norm_linear import norm_linear_forward  # Triton need not be there for PyTorch's own
-
-    return norm_linear_forward(x, gate, scale, shift, eps, matrix, kind, maps)
+    return _gpu_kernels(x, gate, matrix).norm_linear_forward(x, gate, scale, shift, eps, matrix, kind, maps)
 
 
 @_forward.register_fake
@@ -54,9 +65,7 @@ def _(
 def _backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, matrix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .triton_norm_linear import norm_linear_backward
-
-    dx, dgate, *rest = norm_linear_backward(dy, x, gate, scale, shift, eps, matrix)
+    dx, dgate, *rest = _gpu_kernels(x, gate, matrix).norm_linear_backward(dy, x, gate, scale, shift, eps, matrix)
     return dx, x.new_empty(0) if dgate is None else dgate, *rest  # operators return tensors, not None
 
 
