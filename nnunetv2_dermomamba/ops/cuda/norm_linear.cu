@@ -1,8 +1,8 @@
 // LayerNorm over few channels, gate and linear map: y = matrix (norm(x) silu(gate)). After four.cuh and input.cuh.
 //
 // A thread has a whole row of channels in registers, and nothing passes between threads but sums of the parameters'
-// gradients at the end. Threads walk over rows; they read the next row before they compute with the last. Sums and
-// products are float32.
+// gradients at the end. Threads walk over rows and may read the next before they compute with the last, where registers
+// suffice. Sums and products are float32.
 //
 // Compiled with -DCHANNELS, -DOUTPUTS (multiples of 4), -DINPUT, -DGATE and -DRESULT (types of x, gate and y as in
 // input.cuh), -DGATED=<whether there is a gate> and -DMAPS=<how many maps x is the sum of; forward only>.
@@ -75,10 +75,11 @@ struct Row {
     Pack<Input, CHANNELS> x[MAPS];
     Pack<GateValue, CHANNELS> gates;
 
-    __device__ __forceinline__ void fetch(const Input* x_from, const GateValue* gate_from, const Sizes& sizes, int row) {
+    // Behind the last row nothing is read.
+    __device__ __forceinline__ void fetch(const Input* from, const GateValue* gate_from, const Sizes& sizes, int row) {
         if (row >= sizes.rows) return;
         for (int n = 0; n < MAPS; ++n)
-            x[n] = read<CHANNELS>(x_from + ((long long)n * sizes.rows + row) * sizes.x_row);
+            x[n] = read<CHANNELS>(from + ((long long)n * sizes.rows + row) * sizes.x_row);
         if (GATED) gates = read<CHANNELS>(gate_from + (long long)row * sizes.gate_row);
     }
     // Scales x to mean 0 and variance 1; what it was multiplied by is returned.
@@ -146,8 +147,8 @@ __device__ __forceinline__ void sum_block(float (&sums)[PARAMETERS], float* scra
     }
 }
 
-// As forward; dy: (rows, OUTPUTS); dx, dgate: (rows, CHANNELS); parts: (blocks, OUTPUTS + 2, CHANNELS), whose sum is the
-// gradient of matrix, scale and shift.
+// As forward; dy: (rows, OUTPUTS); dx, dgate: (rows, CHANNELS); parts: (blocks, OUTPUTS + 2, CHANNELS), whose sum over
+// blocks is the gradient of matrix, scale and shift.
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     norm_linear_backward(const ResultValue* dy, const Input* x, const GateValue* gate, const float* scale,
                          const float* shift, const float* matrix, Input* dx, GateValue* dgate, float* parts,
