@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
+from nnunetv2_dermomamba.ops.halve import halve
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 from nnunetv2_dermomamba.ops.recompute import recompute
 
@@ -32,17 +33,6 @@ class ResMambaBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = self.block(x)
         return instance_norm_leaky_add(self.conv.without_bias(y), self.norm, 0.01, y, self.scale)
-
-
-def halve(x: Tensor) -> Tensor:
-    """2 x 2 max pooling of even sides: ``max_pool2d`` on a CPU (channels last), elsewhere two element-wise maxima.
-
-    Where two pixels tie, the maxima give both half the gradient; behind a ReLU that is a tie at 0, which passes none.
-    """
-    if x.device.type == "cpu":
-        return F.max_pool2d(x, 2)
-    rows = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
-    return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 class EncoderStage(nn.Module):

@@ -49,6 +49,27 @@ def _gradients(ctx: Any, dvalues: Tensor, dindices: Tensor | None) -> tuple[Tens
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+class _OfRows(torch.autograd.Function):
+    """Along the last axis, in operations that a compiler fuses into one kernel with whatever makes ``x``.
+
+    Whether a value equals the maximum is asked of float32, which is rounded alike wherever it is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        value = x.amax(-1)
+        ctx.length = x.shape[-1]
+        positions = torch.arange(ctx.length, device=x.device, dtype=torch.int32)
+        ctx.save_for_backward(torch.where(x == value[..., None], positions, ctx.length - 1).amin(-1))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: Tensor) -> Tensor:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        positions = torch.arange(ctx.length, device=index.device, dtype=index.dtype)
+        return (index[..., None] == positions) * dvalue[..., None]
+
+
 def maximum(x: Tensor, dim: int) -> Tensor:
     """``x.amax(dim)`` whose gradient goes to one index, as ``x.max(dim)``'s does.
 
@@ -65,5 +86,7 @@ def maximum(x: Tensor, dim: int) -> Tensor:
     """
     dim %= x.ndim
     if torch.is_grad_enabled() and x.requires_grad:
+        if torch.compiler.is_compiling() and dim == x.ndim - 1 and x.dtype == torch.float32:
+            return _OfRows.apply(x)  # type: ignore[no-any-return]
         return _forward(x, dim)[0]
     return x.amax(dim)

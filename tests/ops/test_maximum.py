@@ -44,6 +44,20 @@ def test_is_a_proper_operator(dtype, dim):
     torch.library.opcheck(torch.ops.dermomamba.maximum.default, (draw(dtype), dim))
 
 
+def test_compiled_along_rows_it_is_the_same():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: maximum(x * 2.0, 3), backend="aot_eager", fullgraph=True)
+    x, other = draw(torch.float32), draw(torch.float32)
+    with torch.no_grad():
+        x[0, 0, 0, :2] = other[0, 0, 0, :2] = 9.0  # the first of two
+    result, expected = compiled(x), maximum(other * 2.0, 3)
+    assert torch.equal(result, expected)
+    weight = torch.randn_like(expected)
+    (result * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
 @interpreted_without_gpu
 @pytest.mark.parametrize(
     ("shape", "dim"),

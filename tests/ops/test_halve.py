@@ -1,0 +1,23 @@
+"""Max pooling as it runs on a GPU against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_dermomamba.ops.halve import _Halve, _pairs
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equals_pytorchs_own(compiled):
+    pool = torch.compile(_Halve.apply, backend="aot_eager", fullgraph=True) if compiled else _Halve.apply
+    torch.compiler.reset()
+    x = torch.randint(-3, 3, (2, 4, 6, 8), generator=torch.Generator().manual_seed(0)).float()  # many are equal
+    ours, theirs = x.permute(0, 2, 3, 1).requires_grad_(), x.clone().requires_grad_()
+    y, expected = pool(ours), torch.nn.functional.max_pool2d(theirs, 2)
+    assert torch.equal(y.permute(0, 3, 1, 2), expected)
+    assert torch.equal(_pairs(ours)[0], y)
+    dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    expected.backward(dy)
+    (dx,) = torch.autograd.grad(y, ours, dy.permute(0, 2, 3, 1))
+    assert torch.equal(dx.permute(0, 3, 1, 2), theirs.grad)
