@@ -135,7 +135,7 @@ class Plan:
         partials = Partials(
             tuple(Partial(m.data_ptr(), to.data_ptr(), to.numel()) for m, to in zip(arrays, sums, strict=True))
         )
-        blocks = ceil_div(sum(m.numel() for m in sums), 32)
+        blocks = ceil_div(sum(m.numel() for m in sums), 8)
         launch(FILES, self.definitions, "sum_parts", blocks, 1024, 4096, partials, len(arrays[0]))
         return sums
 
