@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def convolve_and_add(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+    """``F.conv2d``; on a GPU the bias is added apart: a compiler does that where the result is read, in no pass for it."""
+    if not x.is_cuda or bias is None:
+        return F.conv2d(x, weight, bias, padding=padding)
+    y = F.conv2d(x, weight, padding=padding)
+    return y + bias.to(y.dtype)[:, None, None]
 
 
 class Conv3x3(nn.Conv2d):
@@ -19,7 +28,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(dim_in, dim_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self._conv_forward(x, self._weight_for(x), self.bias)
+        return convolve_and_add(x, self._weight_for(x), self.bias, padding=1)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """For a normalisation behind it, which subtracts each channel's mean and the bias with it.
@@ -31,7 +40,7 @@ class Conv3x3(nn.Conv2d):
         if torch.is_grad_enabled():
             assert self.bias is not None
             weight = weight + 0 * self.bias[:, None, None, None]
-        return self._conv_forward(x, weight, None)
+        return F.conv2d(x, weight, padding=1)
 
     def _weight_for(self, x: Tensor) -> Tensor:
         return self.weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else self.weight

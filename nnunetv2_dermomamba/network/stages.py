@@ -12,7 +12,7 @@ from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 from .attention import multiplied
-from .convolution import Conv3x3
+from .convolution import Conv3x3, convolve_and_add
 from .cross_scale import CrossScaleMambaBlock
 
 
@@ -97,7 +97,7 @@ class DecoderStage(nn.Module):
     def _fuse(self, x: Tensor, *skip: Tensor) -> Tensor:
         """``fuse`` of the concatenation."""
         weight_x, weight_skip = self.fuse.weight.chunk(2, dim=1)
-        low = F.conv2d(x, weight_x, self.fuse.bias)
+        low = convolve_and_add(x, weight_x, self.fuse.bias)
         if numba_infers(x) and low.shape[1] % 8 == 0 and len(skip) == 2 and skip[1].shape[1] == 1:
             from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add  # Numba need not be there otherwise
 
