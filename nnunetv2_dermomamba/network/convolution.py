@@ -1,4 +1,4 @@
-"""Dense 3 x 3 convolution of channels-last maps."""
+"""Dense convolutions of channels-last maps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.library import as_autocast
+
 
 def convolve_and_add(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
-    """``F.conv2d``; on a GPU the bias is added apart: a compiler does that where the result is read, in no pass for it."""
+    """``F.conv2d``; on a GPU the bias is added apart, which a compiler does where the result is read."""
     if not x.is_cuda or bias is None:
         return F.conv2d(x, weight, bias, padding=padding)
     y = F.conv2d(x, weight, padding=padding)
     return y + bias.to(y.dtype)[:, None, None]
+
+
+class ConvIn(nn.Conv2d):
+    """``nn.Conv2d`` of 1 x 1 for images; compiled for a GPU its formula.
+
+    A compiler makes one pass of that, and one of all its gradients; cuDNN's kernels are made for more channels.
+
+    Shape:
+        (B, dim_in, H, W) to (B, dim_out, H, W), of autocast's type under autocast.
+    """
+
+    MOST = 4  # input channels that are written out
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if not (x.is_cuda and torch.compiler.is_compiling() and self.in_channels <= self.MOST):
+            return super().forward(x)
+        return self._formula(x)
+
+    def _formula(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        y = self.bias
+        for i, channel in enumerate(x.permute(0, 2, 3, 1).split(1, dim=3)):
+            y = y + channel * self.weight[:, i, 0, 0]
+        return as_autocast(y).permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import CBAM, PCA
+from .convolution import ConvIn
 from .stages import DecoderStage, EncoderStage
 from .sweep_mamba import SweepMamba
 
@@ -45,7 +46,7 @@ class DermoMamba(nn.Module):
         self.patch_size = tuple(int(side) for side in patch_size)
         height, width = (-(-side // STRIDE) for side in self.patch_size)
         deepest = 2 * WIDTHS[-1]
-        self.conv_in = nn.Conv2d(input_channels, WIDTHS[0], 1)
+        self.conv_in = ConvIn(input_channels, WIDTHS[0])
         self.encoder = nn.ModuleList(EncoderStage(dim) for dim in WIDTHS)
         self.skip_attention = nn.ModuleList(CBAM(2 * dim) for dim in WIDTHS)
         self.pca = PCA(deepest)

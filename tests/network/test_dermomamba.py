@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nnunetv2_dermomamba.network import DermoMamba, dermomamba
+from nnunetv2_dermomamba.network.convolution import ConvIn
 from nnunetv2_dermomamba.network.stages import EncoderStage
 
 
@@ -96,3 +97,15 @@ def test_a_bias_before_a_normalisation_changes_the_running_mean_alone():
         if name in ("conv.bias", "res_mamba.conv.bias"):
             assert not one.grad.any()
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_formula_of_the_first_convolution(channels):
+    torch.manual_seed(0)
+    conv, x = ConvIn(channels, 16), torch.randn(2, channels, 3, 5)
+    y = conv._formula(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, conv(x))
+    cotangent = torch.randn_like(y)
+    for one, other in zip(*(torch.autograd.grad(m, conv.parameters(), cotangent) for m in (y, conv(x))), strict=True):
+        torch.testing.assert_close(one, other)
