@@ -15,7 +15,6 @@ from .cuda_block import (
     STATES,
     STEPS,
     SUB,
-    WHOLE_SEQUENCES,
     Block,
     ceil_div,
     chunk_subs,
@@ -31,6 +30,8 @@ MANY_BLOCKS = 2048
 """Of one direction, which keep a large GPU busy while the other directions wait."""
 PATH_THREADS, PATH_SUB = 64, 32
 """Threads that walk a path of few channels, and positions of it in shared memory: as in ``paths_2d.cu``."""
+WHOLE_PATHS = 40_000
+"""Such threads from which on that is faster than chunks with summaries: measured, 27 000 of 16 channels."""
 RANK = 8
 """Shared rows for dt: the rank at most."""
 
@@ -102,7 +103,7 @@ class Plan:
         # of a backward launch: a direction alone adds to the map of those before it, which saves the memory of theirs
         self.directions = 1 if self.batch * self.spans >= MANY_BLOCKS else 4
         # of few channels, whose chunks are no whole paths in the backward pass
-        self.walks_paths = self.block.D <= 16 and 4 * self.batch * PATH_THREADS >= WHOLE_SEQUENCES
+        self.walks_paths = self.block.D <= 16 and 4 * self.batch * PATH_THREADS >= WHOLE_PATHS
         self.definitions = {
             "D": self.block.D,
             "INPUT": INPUTS[x.dtype],

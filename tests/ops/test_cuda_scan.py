@@ -248,7 +248,7 @@ def test_2d_whole_paths_of_a_batch(monkeypatch, channels, rank):
 )
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16])
 def test_2d_paths_of_few_channels_walked_without_summaries(monkeypatch, batch, height, width, d, state, kind):
-    monkeypatch.setattr(cuda_scan_2d, "WHOLE_SEQUENCES", 1)
+    monkeypatch.setattr(cuda_scan_2d, "WHOLE_PATHS", 1)
     inputs = maps(batch, height, width, d, 1, state)
     inputs["x"] = inputs["x"].to(kind).float()
     assert cuda_scan_2d.Plan(inputs["x"], 1, state).walks_paths
