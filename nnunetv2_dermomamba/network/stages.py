@@ -53,9 +53,13 @@ class EncoderStage(nn.Module):
         return halve(skip), skip
 
     def _normalised(self, x: Tensor) -> Tensor:
-        """``norm(conv(x))``; in training the bias goes into the running mean alone."""
+        """``norm(conv(x))``; in training the bias goes into the running mean alone.
+
+        Not where several processes share their statistics: nnU-Net makes BatchNorm a SyncBatchNorm then.
+        """
         norm, mean, bias = self.norm, self.norm.running_mean, self.conv.bias
-        if not self.training or mean is None or bias is None or norm.num_batches_tracked is None:
+        alone = type(norm) is nn.BatchNorm2d and mean is not None and norm.num_batches_tracked is not None
+        if not self.training or not alone or bias is None:
             return norm(self.conv(x))
         without_bias = mean - bias.detach()
         x = F.batch_norm(

@@ -137,7 +137,9 @@ class Plan:
             tuple(Partial(m.data_ptr(), to.data_ptr(), to.numel()) for m, to in zip(arrays, sums, strict=True))
         )
         blocks = ceil_div(sum(m.numel() for m in sums), 8)
-        launch(FILES, self.definitions, "sum_parts", blocks, 1024, 4096, partials, len(arrays[0]))
+        parts = len(arrays[0])
+        threads = 8 * min(128, 1 << (parts - 1).bit_length())
+        launch(FILES, self.definitions, "sum_parts", blocks, threads, 4 * threads, partials, parts)
         return sums
 
     def summaries(self, name: str, A: Tensor, *arguments: Tensor) -> Tensor:

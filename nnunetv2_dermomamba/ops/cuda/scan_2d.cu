@@ -825,21 +825,21 @@ struct Partials {
     Partial of[5];
 };
 
-// A block has 8 adjacent sums, which share a sector of memory; its 128 threads of each take every 128th part.
+// A block has 8 adjacent sums, which share a sector of memory, and a power of two of threads for each.
 extern "C" __global__ void __launch_bounds__(1024) sum_parts(Partials arrays, int parts) {
     extern __shared__ float shared[];
-    const int first = threadIdx.x / 8;
+    const int first = threadIdx.x / 8, sharers = blockDim.x / 8;
     int at = blockIdx.x * 8 + threadIdx.x % 8, k = 0;
     while (k < 4 && at >= arrays.of[k].size) at -= arrays.of[k++].size;
     const Partial& array = arrays.of[k];
     const bool exists = at < array.size;
     float sum = 0.0f;
 #pragma unroll 8
-    for (int part = first; part < parts; part += 128)
+    for (int part = first; part < parts; part += sharers)
         if (exists) sum += array.from[(long long)part * array.size + at];
     shared[threadIdx.x] = sum;
     __syncthreads();
-    for (int half = 64; half; half /= 2) {
+    for (int half = sharers / 2; half; half /= 2) {
         if (first < half) shared[threadIdx.x] += shared[threadIdx.x + half * 8];
         __syncthreads();
     }
