@@ -1,8 +1,8 @@
 """Time inference against nnU-Net's U-Net: ``python benchmarks/inference.py [--device cuda]``.
 
 First a correctness gate: the network's output on the device at hand equals the CPU's with the portable PyTorch scan.
-Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA
-graph, with independent kernels combined or not.
+Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA graph, with
+independent kernels combined or not.
 On the CPU eager, both networks in turn, and the peak memory of DermoMamba's inference over the idle process.
 """
 

@@ -140,19 +140,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 // silu(dw3x3(x)). Weights, [tap][channel]: 3 x 3, bias.
 constexpr int GATED_TAPS = 10;
 
-// The hardware's reciprocal, of whose result the last bit may be wrong.
-__device__ __forceinline__ float reciprocal_fast(float x) {
-#ifdef EMULATED
-    return 1.0f / x;
-#else
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(x * -LOG2E)); }
-
 // x: (batch, height, width, pitch); weights: (10, channels); y: (batch, height, width, channels).
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
     silu_forward(const Input* x, const float* weights, Input* y, int pitch, Sizes map) {

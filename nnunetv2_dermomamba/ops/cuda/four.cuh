@@ -1,4 +1,4 @@
-// What all kernels share: four floats at once, and the hardware's exponential.
+// What all kernels share: four floats at once, the hardware's exponential and reciprocal.
 
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -12,6 +12,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 #endif
 }
+
+// The hardware's reciprocal, of whose result the last bit may be wrong.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#ifdef EMULATED
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(x * -LOG2E)); }
 
 struct alignas(16) Four {
     float at[4];

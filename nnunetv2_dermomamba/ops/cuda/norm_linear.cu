@@ -47,17 +47,7 @@ __device__ __forceinline__ void write(typename K::Stored* to, const float (&valu
     *reinterpret_cast<Pack<typename K::Stored, N>*>(to) = pack;
 }
 
-// Hardware's own, to the last bits but two.
-__device__ __forceinline__ float reciprocal(float x) {
-#ifdef EMULATED
-    return 1.0f / x;
-#else
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
+// The hardware's, to the last bits but two.
 __device__ __forceinline__ float reciprocal_root(float x) {
 #ifdef EMULATED
     return 1.0f / sqrtf(x);
@@ -67,8 +57,6 @@ __device__ __forceinline__ float reciprocal_root(float x) {
     return y;
 #endif
 }
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2E)); }
 
 // A row of x and gate.
 struct Row {
