@@ -18,6 +18,7 @@ from nnunetv2_dermomamba.ops import (
     cuda_block,
     cuda_depthwise,
     cuda_gate_convolution,
+    cuda_norm_linear,
     cuda_scan_1d,
     cuda_scan_2d,
     nvrtc,
@@ -313,11 +314,13 @@ def nvrtc_alone():
 @pytest.mark.parametrize("channels", [8, 128])
 def test_sources_compile_for_gpus_without_any_header(channels):
     scan = [f"-DD={channels}"]
+    few_channels = ["CHANNELS=8", "OUTPUTS=4", "GATE=1", "RESULT=1", "GATED=1", "MAPS=1"]
     for files, more in (
         (cuda_scan_1d.FILES, [*scan, "-DSOFTPLUS=1"]),
         (cuda_scan_2d.FILES, scan),
         (cuda_depthwise.FILES, ["-DTILE=32"]),
         (cuda_gate_convolution.FILES, ["-DROWS=4"]),
+        (cuda_norm_linear.FILES, [f"-D{name}" for name in few_channels]),
     ):
         for kind in range(3):
             options = [f"-DINPUT={kind}", f"-DWHOLE={kind % 2}", "-std=c++17", *more]
