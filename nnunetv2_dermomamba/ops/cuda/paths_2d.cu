@@ -1,8 +1,8 @@
-// The scan of a map of up to 16 channels, forward, of so many maps that whole paths fill a GPU: without summaries, so that
-// nothing is projected twice. After scan_2d.cu.
+// The scan of a map of up to 16 channels, forward, of so many maps that whole paths fill a GPU: without summaries, so
+// that nothing is projected twice. After scan_2d.cu.
 //
-// A block of two warps walks a path, PATH_SUB positions at a time. A thread holds one channel and 2 or 4 of its states, a
-// half or a quarter of what it holds in the other kernels, for else there would be too few threads.
+// A block of two warps walks a path, PATH_SUB positions at a time. A thread holds one channel and 2 or 4 of its states,
+// a quarter or half of what it holds in the other kernels, for else there would be too few threads.
 
 #if D <= 16
 
@@ -175,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(PATH_THREADS, 6)
     PathStates states{kept, 0, 0};
 #pragma unroll 1
     for (int first = 0; first <= path.last; first += PATH_SUB) {
-        float* rows = shared + first / PATH_SUB % 2 * PATH_FLOATS;  // in turn: while results leave the one, u fills the other
+        // in turn: while results leave the one half, u fills the other
+        float* rows = shared + first / PATH_SUB % 2 * PATH_FLOATS;
         int position[PATH_SHARES];
         for (int i = 0; i < PATH_SHARES; ++i) {
             position[i] = cursor.position(path, i);
