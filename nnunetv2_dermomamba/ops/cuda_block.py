@@ -80,6 +80,12 @@ def chunk_subs(length: int, sequences: int, block: Block, longest: int) -> int:
     return min(longest, ceil_div(positions, SUB))
 
 
+def aligned(m: Tensor) -> Tensor:
+    """Contiguous, and where loads of 16 bytes may start; a view may start elsewhere."""
+    m = m.contiguous()
+    return m if m.data_ptr() % 16 == 0 else m.clone()
+
+
 def max_shared(like: Tensor) -> int:
     """Bytes of shared memory that a block may have on the tensor's device."""
     index = like.device.index

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .cuda_block import INPUTS, ceil_div
+from .cuda_block import INPUTS, aligned, ceil_div
 from .nvrtc import launch
 
 FILES = ("four.cuh", "input.cuh", "gate_convolution.cu")
@@ -49,12 +49,6 @@ class Plan:
         return 4 * (weights + CHANNELS * plane), 4 * max(weights + plane, SIDE**2 * (THREADS + 2))
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, from where four values can be read at once."""
-    x = x.contiguous()
-    return x if x.data_ptr() % (4 * x.element_size()) == 0 else x.clone()
-
-
 def gate_forward(x: Tensor, weight: Tensor) -> Tensor:
     """7 x 7 convolution of two channels to one with "same" padding, summed in float32.
 
@@ -68,7 +62,7 @@ def gate_forward(x: Tensor, weight: Tensor) -> Tensor:
     plan = Plan(x)
     y = x.new_empty(x.shape[0], 1, *x.shape[2:])
     with torch.cuda.device_of(x):
-        arguments = _aligned(x), weight.contiguous(), y, plan.sizes
+        arguments = aligned(x), weight.contiguous(), y, plan.sizes
         launch(FILES, plan.definitions, "gate_forward", plan.tiles, THREADS, plan.shared[0], *arguments)
     return y
 
@@ -79,7 +73,7 @@ def gate_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     dx = x.new_empty(x.shape)
     parts = weight.new_empty(2 * plan.walkers, *weight.shape)
     with torch.cuda.device_of(x):
-        arguments = _aligned(dy), _aligned(x), weight.contiguous(), dx, parts, plan.walkers, plan.tiles, plan.sizes
+        arguments = aligned(dy), aligned(x), weight.contiguous(), dx, parts, plan.walkers, plan.tiles, plan.sizes
         blocks = CHANNELS * plan.walkers + plan.tiles
         launch(FILES, plan.definitions, "gate_backward", blocks, THREADS, plan.shared[1], *arguments)
         return dx, parts.sum(0)

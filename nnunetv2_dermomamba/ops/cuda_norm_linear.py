@@ -56,21 +56,7 @@ def norm_linear_forward(
     kind: torch.dtype,
     maps: int = 1,
 ) -> Tensor:
-    """``matrix (norm(x) silu(gate))``, in float32.
-
-    Args:
-        x: (..., c), float16, bfloat16 or float32; for c and m see ``serves``.
-        gate: (..., c) likewise, or None.
-        scale: (c,) of the LayerNorm, float32.
-        shift: (c,), float32.
-        eps: of the LayerNorm.
-        matrix: (m, c), float32.
-        kind: type of the result.
-        maps: with more than one, x is (maps, ..., c), and their sum is meant.
-
-    Returns:
-        (..., m), contiguous.
-    """
+    """See ``triton_norm_linear.norm_linear_forward``; the product is float32's, and for c and m see ``serves``."""
     y = x.new_empty(*x.shape[maps > 1 : -1], len(matrix), dtype=kind)
     definitions = _definitions(x, gate, matrix, kind, maps)
     with torch.cuda.device_of(x):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_scan_1d, cuda_scan_2d, nvrtc
+from .cuda_block import aligned
 
 nvrtc.library()  # fails here, with the reason, where PyTorch is not built for CUDA
 if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
@@ -37,22 +38,16 @@ def _module_2d(x: Tensor, rank: int, states: int) -> ModuleType:
     return cuda_scan_2d if cuda_scan_2d.serves_2d(x, rank, states) else _triton()
 
 
-def _aligned(m: Tensor) -> Tensor:
-    """Contiguous, and where loads of 16 bytes may start; a view may start elsewhere."""
-    m = m.contiguous()
-    return m if m.data_ptr() % 16 == 0 else m.clone()
-
-
 def _plain(*parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters and gradients as the kernels read them, in float32."""
-    return [None if p is None else _aligned(p.float()) for p in parameters]
+    return [None if p is None else aligned(p.float()) for p in parameters]
 
 
 def _alike(*inputs: Tensor) -> list[Tensor]:
     """Inputs in one type, which the kernels are compiled for."""
     if len({m.dtype for m in inputs}) > 1:
         inputs = tuple(m.float() for m in inputs)
-    return [_aligned(m) for m in inputs]
+    return [aligned(m) for m in inputs]
 
 
 def states_shape_1d(u: Tensor, state: int, groups: int) -> list[int]:
@@ -113,7 +108,7 @@ def scan_2d_forward(
     """See ``triton_scan_2d.scan_2d_forward``."""
     module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
     parameters = _plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    return module.scan_2d_forward(_aligned(x), *parameters, keep)
+    return module.scan_2d_forward(aligned(x), *parameters, keep)
 
 
 def scan_2d_directions(
@@ -121,7 +116,7 @@ def scan_2d_directions(
 ) -> Tensor:
     """Results of the four directions, (4, B, H, W, d), whose sum is ``scan_2d_forward``'s; Triton's is one of them."""
     module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
-    arguments = (_aligned(x), *_plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds))
+    arguments = (aligned(x), *_plain(x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds))
     if module is cuda_scan_2d:
         return cuda_scan_2d.scan_2d_directions(*arguments)
     y = module.scan_2d_forward(*arguments, False)[0]
@@ -141,4 +136,4 @@ def scan_2d_backward(
     """See ``triton_scan_2d.scan_2d_backward``."""
     module = _module_2d(x, dt_projs_weight.shape[2], A.shape[1])
     dy, *parameters = _plain(dy, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    return module.scan_2d_backward(dy, _aligned(x), *parameters, states)
+    return module.scan_2d_backward(dy, aligned(x), *parameters, states)

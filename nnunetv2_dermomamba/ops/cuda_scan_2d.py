@@ -117,10 +117,23 @@ class Plan:
             sizes = Map(*self.sizes, first, directions)
             launch(FILES, self.definitions, name, grid, self.block.threads, shared, *arguments, sizes)
 
-    def launch_paths(self, *arguments: Tensor | None) -> None:
-        """Launch ``forward_paths_2d``, a block for each path."""
-        name, shared, sizes = "forward_paths_2d", _path_bytes(self.block), Map(*self.sizes, 0, 4)
-        launch(FILES, self.definitions, name, 4 * self.batch, PATH_THREADS, shared, *arguments, sizes)
+    @property
+    def states_shape(self) -> list[int]:
+        """See ``states_shape_2d``."""
+        return [4 * self.batch * self.spans, ceil_div(self.subs, _run(self.block)), self.block.threads * 8]
+
+    def directions_of(self, states: Tensor | None, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Results of the four directions, (4, *x.shape); fills ``states`` if they are given."""
+        *weights, A, _ = parameters
+        y = A.new_empty(4, *x.shape)
+        if self.walks_paths:
+            name, shared, sizes = "forward_paths_2d", _path_bytes(self.block), Map(*self.sizes, 0, 4)
+            arguments = (x, *parameters, states, y, sizes)
+            launch(FILES, self.definitions, name, 4 * self.batch, PATH_THREADS, shared, *arguments)
+        else:
+            starts = self.summaries("summary_2d", A, x, *weights)
+            self.launch("forward_2d", self.shared, x, *parameters, starts, states, y)
+        return y
 
     def sum(self, name: str, maps: Tensor, kind: torch.dtype) -> Tensor:
         """What the directions wrote as one map, in type ``kind``."""
@@ -165,33 +178,16 @@ def serves_2d(x: Tensor, rank: int, states: int) -> bool:
 
 def states_shape_2d(x: Tensor, rank: int, state: int) -> list[int]:
     """Shape of ``states``: those of every thread before every run of sub-blocks, see ``kept_at`` in ``scan_2d.cu``."""
-    plan = Plan(x, rank, state)
-    return [4 * plan.batch * plan.spans, ceil_div(plan.subs, _run(plan.block)), plan.block.threads * 8]
+    return Plan(x, rank, state).states_shape
 
 
 def scan_2d_directions(
-    x: Tensor,
-    x_proj_weight: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    states: Tensor | None = None,
+    x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor, A: Tensor, Ds: Tensor
 ) -> Tensor:
-    """Results of the four directions, (4, B, H, W, d), for up to 128 channels, 16 states and a dt rank of 8.
-
-    Fills ``states``, of ``states_shape_2d``, if they are given.
-    """
+    """Results of the four directions, (4, B, H, W, d), for up to 128 channels, 16 states and a dt rank of 8."""
     plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
-    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias)
     with torch.cuda.device_of(x):
-        y = A.new_empty(4, *x.shape)
-        if plan.walks_paths:
-            plan.launch_paths(x, *weights, A, Ds, states, y)
-        else:
-            starts = plan.summaries("summary_2d", A, x, *weights)
-            plan.launch("forward_2d", plan.shared, x, *weights, A, Ds, starts, states, y)
-    return y
+        return plan.directions_of(None, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
 
 
 def scan_2d_forward(
@@ -204,11 +200,12 @@ def scan_2d_forward(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See ``triton_scan_2d.scan_2d_forward``."""
-    rank, state = dt_projs_weight.shape[2], A.shape[1]
-    states = A.new_empty(states_shape_2d(x, rank, state) if keep else [0])
-    y = scan_2d_directions(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds, states if keep else None)
+    plan = Plan(x, dt_projs_weight.shape[2], A.shape[1])
     with torch.cuda.device_of(x):
-        return Plan(x, rank, state).sum("sum_outputs", y, torch.float32), states
+        states = A.new_empty(plan.states_shape if keep else [0])
+        kept = states if keep else None
+        y = plan.directions_of(kept, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+        return plan.sum("sum_outputs", y, torch.float32), states
 
 
 def scan_2d_backward(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from functools import partial
 
 import pytest
 import torch
-from emulator import SHARED_BYTES
-from emulator import launch as emulated_launch
 from tolerances import FORWARD, GRADIENT, relative_error
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,22 +18,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
 
 
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture(autouse=True)
-def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
-    """What a kernel leaves unwritten is NaN; without a GPU the sources run on the CPU."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(cuda_depthwise, "launch", partial(emulated_launch, libraries))
-        monkeypatch.setattr(cuda_depthwise, "max_shared", lambda like: SHARED_BYTES)
-        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    yield
-    torch.use_deterministic_algorithms(False)
+def emulated_launches(emulate):
+    emulate(cuda_depthwise)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

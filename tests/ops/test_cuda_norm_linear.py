@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from functools import partial
 
 import pytest
 import torch
-from emulator import launch as emulated_launch
 from tolerances import FORWARD, GRADIENT, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,23 +22,12 @@ IN, OUT = (4, 16, False), (8, 4, True)
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
 
 
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture(autouse=True)
-def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
-    """What a kernel leaves unwritten is NaN; without a GPU the sources run on the CPU. Few blocks walk over rows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+def emulated_launches(monkeypatch, emulate):
+    """Few blocks walk over rows."""
     monkeypatch.setattr(cuda_norm_linear, "FORWARD_BLOCKS", 5)
     monkeypatch.setattr(cuda_norm_linear, "BACKWARD_BLOCKS", 3)
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(cuda_norm_linear, "launch", partial(emulated_launch, libraries))
-        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    yield
-    torch.use_deterministic_algorithms(False)
+    emulate(cuda_norm_linear)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,16 +1,12 @@
 """The CUDA kernels against the step-by-step scan in float64: on the GPU where there is one, elsewhere emulated."""
 
-import contextlib
 import ctypes
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import SHARED_BYTES
-from emulator import launch as emulated_launch
 from scan_checks import DEVICE, check, cotangent, in_float64, maps, sequences
 from tolerances import FORWARD, relative_error
 
@@ -32,25 +28,12 @@ SUB = cuda_block.SUB
 emulated = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
 
 
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture(autouse=True)
-def poisoned_memory_and_emulated_launches(monkeypatch, libraries):
-    """What a kernel leaves unwritten is NaN; chunks of several sub-blocks; without a GPU the sources run on the CPU."""
+def emulated_launches(monkeypatch, emulate):
+    """Chunks of several sub-blocks."""
     monkeypatch.setattr(cuda_block, "FULL", 256)
     monkeypatch.setattr(cuda_scan_2d, "LONG", 3)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    if DEVICE.type == "cpu":
-        for module in (cuda_scan_1d, cuda_scan_2d):
-            monkeypatch.setattr(module, "launch", partial(emulated_launch, libraries))
-            monkeypatch.setattr(module, "max_shared", lambda like: SHARED_BYTES)
-        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    yield
-    torch.use_deterministic_algorithms(False)
+    emulate(cuda_scan_1d, cuda_scan_2d)
 
 
 def check_1d(inputs, softplus=True):
