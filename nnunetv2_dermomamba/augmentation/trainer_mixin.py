@@ -101,7 +101,8 @@ class DeviceAugmentationMixin(Trainer):
         with _no_worker_processes():
             loaders = [_nnunet_loader(augmenter) for augmenter in super().get_dataloaders()]
         labels = {*self.label_manager.all_labels, self.label_manager.ignore_label, -1} - {None}
-        rng = np.random.default_rng()
+        # From the generator that nnU-Net's transforms draw from, so that whoever seeds that seeds both.
+        rng = np.random.default_rng(np.random.randint(2**32, dtype=np.uint64))
         augmenters = [BatchAugmenter(loader.transforms, labels, self.device, rng) for loader in loaders]
         needed = sum(estimated_bytes(loader._data) for loader in loaders)
         resident = needed <= RESIDENT_SHARE * _free_bytes(self.device)

@@ -69,7 +69,7 @@ def _rows(block: Block) -> int:
 
 def _weights_bytes(block: Block) -> int:
     """Bytes of a direction's weights in shared memory."""
-    dt_rows, lift = (block.D, 0) if _is_lifted(block) else (RANK, block.D * RANK)
+    dt_rows, lift = (block.D, 0) if _is_lifted(block) else (RANK, block.D * (RANK + 4))
     return 4 * ((dt_rows + 2 * STATES) * (block.D + 4) + lift + block.D)
 
 

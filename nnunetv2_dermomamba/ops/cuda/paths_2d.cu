@@ -46,15 +46,15 @@ struct PathShare {
 
 // A direction's weights as a warp's products read them: rows of delta's pre-activations, of B and of C.
 struct PathWeights {
-    Left rows[3][D / 8];
+    Left<false> rows[3][D / 8];
     float bias[2];
     __device__ __forceinline__ PathWeights(const float* weights, const float* bias_of, int d) {
         for (int tile = 0; tile < 3; ++tile)
             for (int k = 0; k < D / 8; ++k)
-                rows[tile][k] = Left(weights + (tile ? DT_ROWS + (tile - 1) * N : 0) * WEIGHT + 8 * k, WEIGHT, 1,
-                                     tile ? N : DT_ROWS, 8);
+                rows[tile][k] = Left<false>::pairs(weights + (tile ? DT_ROWS + (tile - 1) * N : 0) * WEIGHT + 8 * k,
+                                                   WEIGHT, tile ? N : DT_ROWS);
         for (int i = 0; i < 2; ++i) {
-            const int c = threadIdx.x % 32 / 4 + 8 * i;
+            const int c = tile_row() + 8 * i;
             bias[i] = c < d ? bias_of[c] : 0.0f;
         }
     }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void project_path(const PathWeights& by, const Path& 
         const int column = (threadIdx.x / 32 * PATH_UNITS + unit) * 8;
         float sums[3][4] = {};
         for (int k = 0; k < D / 8; ++k) {
-            const Right<HALF_INPUT> u(shared + (U + 8 * k) * PATH_ROW + column, PATH_ROW, 1);
+            const auto u = Right<HALF_INPUT>::across(shared + (U + 8 * k) * PATH_ROW + column, PATH_ROW);
             for (int tile = 0; tile < 3; ++tile) multiply(sums[tile], by.rows[tile][k], u);
         }
         each_pair(sums[1], [&](int n, int t, float a, float b) {

@@ -22,41 +22,78 @@ __device__ __forceinline__ void multiply(float (&c)[4], const float (&a)[4], con
 // What tf32 leaves of x.
 __device__ __forceinline__ float rest(float x) { return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 
-// A lane's part of A: rows m, m + 8, columns k, k + 4 of a tile, for m = lane / 4 and k = lane % 4.
+// How a lane's places in a tile are dealt to rows in memory. The tensor cores give lane l rows l / 4 and l / 4 + 8, and k =
+// l % 4 and l % 4 + 4. Here rows are spread(l / 4) and eight more: what half a warp touches of rows ROW floats apart then
+// lies in different banks. So it does of k that are ROW apart, if a lane has two adjacent ones ("pairs"); both operands
+// of a product must have k dealt alike.
+__device__ __forceinline__ int spread(int i) { return 2 * i % 8 + i / 4; }
+
+__device__ __forceinline__ int lane_column() { return threadIdx.x % 32 / 4; }
+__device__ __forceinline__ int lane_k() { return threadIdx.x % 4; }
+__device__ __forceinline__ int tile_row() { return spread(lane_column()); }
+
+// A lane's part of A, of 16 rows m or, where the others are 0, 8.
+template <bool IS_EXACT>
 struct Left {
-    float high[4], low[4];
+    static constexpr bool EXACT = IS_EXACT;
+    float high[4] = {}, low[4];
 
-    __device__ __forceinline__ Left() {}
-    // at[m * m_stride + k * k_stride], 0 where m or k is past its end.
-    __device__ __forceinline__ Left(const float* at, int m_stride, int k_stride, int m_end, int k_end) {
-        const int m = threadIdx.x % 32 / 4, k = threadIdx.x % 4;
-        for (int i = 0; i < 4; ++i) {
-            const int row = m + (i & 1) * 8, column = k + (i >> 1) * 4;
-            high[i] = row < m_end && column < k_end ? at[row * m_stride + column * k_stride] : 0.0f;
-            low[i] = rest(high[i]);
-        }
+    // Rows ``stride`` apart, k side by side.
+    static __device__ __forceinline__ Left along(const float* at, int stride, int rows = 16) {
+        return Left(at + tile_row() * stride + lane_k(), 8 * stride, 4, rows);
     }
-};
+    // The same with k in pairs.
+    static __device__ __forceinline__ Left pairs(const float* at, int stride, int rows = 16) {
+        return Left(at + tile_row() * stride + 2 * lane_k(), 8 * stride, 1, rows);
+    }
+    // Rows side by side, k ``stride`` apart, in pairs.
+    static __device__ __forceinline__ Left across(const float* at, int stride) {
+        return Left(at + tile_row() + 2 * lane_k() * stride, 8, stride, 16);
+    }
+    __device__ __forceinline__ Left() {}
 
-// A lane's part of B: rows k, k + 4, column n of a tile, for k = lane % 4 and n = lane / 4.
-template <bool EXACT>
-struct Right {
-    float high[2], low[2];
-
-    __device__ __forceinline__ Right() {}
-    __device__ __forceinline__ Right(const float* at, int k_stride, int n_stride) {
-        const int k = threadIdx.x % 4, n = threadIdx.x % 32 / 4;
-        for (int i = 0; i < 2; ++i) {
-            high[i] = at[(k + i * 4) * k_stride + n * n_stride];
+private:
+    __device__ __forceinline__ Left(const float* at, int row_step, int k_step, int rows) {
+        for (int i = 0; i < 4; ++i) {
+            if (i % 2 * 8 < rows) high[i] = at[i % 2 * row_step + i / 2 * k_step];
             if (!EXACT) low[i] = rest(high[i]);
         }
     }
 };
 
-template <bool EXACT>
-__device__ __forceinline__ void multiply(float (&c)[4], const Left& a, const Right<EXACT>& b) {
-    multiply(c, a.low, b.high);
-    if (!EXACT) multiply(c, a.high, b.low);
+// A lane's part of B, of 8 columns n.
+template <bool IS_EXACT>
+struct Right {
+    static constexpr bool EXACT = IS_EXACT;
+    float high[2], low[2];
+
+    // Columns ``stride`` apart, dealt as rows are: of C, columns spread(n); k side by side.
+    static __device__ __forceinline__ Right along(const float* at, int stride) {
+        return Right(at + tile_row() * stride + lane_k(), 4);
+    }
+    // Columns ``stride`` apart, k side by side, in pairs.
+    static __device__ __forceinline__ Right pairs(const float* at, int stride) {
+        return Right(at + lane_column() * stride + 2 * lane_k(), 1);
+    }
+    // Columns side by side, k ``stride`` apart, in pairs.
+    static __device__ __forceinline__ Right across(const float* at, int stride) {
+        return Right(at + lane_column() + 2 * lane_k() * stride, stride);
+    }
+    __device__ __forceinline__ Right() {}
+
+private:
+    __device__ __forceinline__ Right(const float* at, int k_step) {
+        for (int i = 0; i < 2; ++i) {
+            high[i] = at[i * k_step];
+            if (!EXACT) low[i] = rest(high[i]);
+        }
+    }
+};
+
+template <typename A, typename B>
+__device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
+    if (!A::EXACT) multiply(c, a.low, b.high);
+    if (!B::EXACT) multiply(c, a.high, b.low);
     multiply(c, a.high, b.high);
 }
 
@@ -67,10 +104,20 @@ __device__ __forceinline__ void write2(float* to, float a, float b) {
     *reinterpret_cast<Two*>(to) = Two{a, b};
 }
 
-// A lane's part of C: columns n and n + 1 of rows m and m + 8, for m = lane / 4 and n = 2 (lane % 4).
+// A lane's part of C: columns n and n + 1 of two rows m.
 template <typename F>
 __device__ __forceinline__ void each_pair(const float (&c)[4], F store) {
-    const int m = threadIdx.x % 32 / 4, n = threadIdx.x % 4 * 2;
-    store(m, n, c[0], c[1]);
-    store(m + 8, n, c[2], c[3]);
+    const int n = 2 * lane_k();
+    store(tile_row(), n, c[0], c[1]);
+    store(tile_row() + 8, n, c[2], c[3]);
+}
+
+// C stored (or added) with rows side by side and columns ``stride`` apart.
+template <bool ADD>
+__device__ __forceinline__ void store_across(const float (&c)[4], float* to, int stride) {
+    to += tile_row() + 2 * lane_k() * stride;
+    for (int i = 0; i < 4; ++i) {
+        float& at = to[i / 2 * 8 + i % 2 * stride];
+        at = ADD ? at + c[i] : c[i];
+    }
 }

@@ -13,16 +13,16 @@ struct Map {
 };
 
 constexpr int RANK = 8;         // of dt at most
-constexpr int WEIGHT = D + 4;   // floats from row to row of the weights in shared memory: other banks
-constexpr int HALVES = SUB / 8;  // tiles of eight positions a segment
+// Floats from row to row of the weights in shared memory, and of dt_projs_weight: other banks.
+constexpr int WEIGHT = D + 4, LIFT_ROW = RANK + 4;
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
 constexpr int RUN = D == 8 ? 1 : 2;
 // Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
 // which in a product of sixteen rows cost nothing. What is projected is then the pre-activation of delta.
 constexpr bool LIFTED = D <= 16;
 constexpr int DT_ROWS = LIFTED ? D : RANK;
-// The weights: rows of dt, of B and of C; dt_projs_weight as (D, RANK) where it is apart; Ds.
-constexpr int LIFT = (DT_ROWS + 2 * N) * WEIGHT, SKIP = LIFT + (LIFTED ? 0 : D * RANK), WEIGHT_FLOATS = SKIP + D;
+// The weights: rows of dt, of B and of C; dt_projs_weight as (D, LIFT_ROW) where it is apart; Ds.
+constexpr int LIFT = (DT_ROWS + 2 * N) * WEIGHT, SKIP = LIFT + (LIFTED ? 0 : D * LIFT_ROW), WEIGHT_FLOATS = SKIP + D;
 
 // Shared rows of a segment. Those of dy, and of what the backward pass sums, are its own.
 constexpr int U = 0, DELTA = D, W = 2 * D, B_ROW = 3 * D, C_ROW = 3 * D + N;
@@ -228,69 +228,53 @@ __device__ __forceinline__ void stage_weights(const float* x_proj, const float* 
     }
 #pragma unroll
     for (int first = 0; first < LIFTS; first += COUNT)
-        if (first + threadIdx.x < LIFTS) weights[LIFT + first + threadIdx.x] = lifts[first / COUNT];
+        if (first + threadIdx.x < LIFTS)
+            weights[LIFT + (first + threadIdx.x) / RANK * LIFT_ROW + (first + threadIdx.x) % RANK] = lifts[first / COUNT];
 }
 
-// Which tiles of a product a warp computes: every step-th of sixteen rows, from the first; of one half of the positions
-// where a segment has several warps.
-struct Tiles {
-    int first, step, half;
-    __device__ __forceinline__ Tiles() {
-        const int warp = threadIdx.x % GROUP / 32;
-        half = warp % HALVES;
-        first = GROUP_WARPS > 1 ? warp / HALVES : 0;
-        step = GROUP_WARPS > HALVES ? GROUP_WARPS / HALVES : 1;
-    }
-};
-constexpr int UNITS = GROUP_WARPS > 1 ? 1 : GROUP_SEGMENTS * HALVES;  // of eight positions a warp
-
-// The first shared row, at its unit's first position, of a warp's unit.
-__device__ __forceinline__ int unit_at(const Tiles& tiles, int unit, int rows) {
-    const int segment = threadIdx.x / GROUP * GROUP_SEGMENTS + (GROUP_WARPS > 1 ? 0 : unit / HALVES);
-    return segment * segment_floats(rows) + (GROUP_WARPS > 1 ? tiles.half : unit % HALVES) * 8;
+// The rows of a warp's segments, and which of the warps that share them it is.
+__device__ __forceinline__ float* of_warp(float* shared, int rows) {
+    return shared + (int)(threadIdx.x / GROUP) * GROUP_SEGMENTS * segment_floats(rows);
 }
+__device__ __forceinline__ int warp_of_group() { return GROUP_WARPS > 1 ? threadIdx.x % GROUP / 32 : 0; }
 
-// Rows of dt, and of B (unless C alone is wanted) and C (unless B alone is), from those of u.
+// Rows of dt, and of B (unless C alone is wanted) and C (unless B alone is), from those of u: a product of a segment's
+// positions by channels and channels by rows, whose eights are shared out among a group's warps.
 template <bool WITH_B, bool WITH_C>
 __device__ __forceinline__ void project(float* shared, const float* weights, int rows) {
-    const Tiles tiles;
-    constexpr int COUNT = 1 + WITH_B + WITH_C;
-    constexpr int AHEAD = D < 64 ? D / 8 : 4;  // products whose right factors are in registers
-    float sums[COUNT][UNITS][4] = {};
+    constexpr int TILES = (DT_ROWS + (WITH_B + WITH_C) * N) / 8, OWN = (TILES + GROUP_WARPS - 1) / GROUP_WARPS;
+    constexpr int AHEAD = D < 64 ? D / 8 : 4;  // products whose left factors are in registers
+    shared = of_warp(shared, rows);
+    float sums[OWN][GROUP_SEGMENTS][4] = {};
 #pragma unroll 1
     for (int first = 0; first < D; first += 8 * AHEAD) {
-        Right<HALF_INPUT> u[AHEAD][UNITS];
+        Left<HALF_INPUT> u[AHEAD][GROUP_SEGMENTS];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
-            for (int unit = 0; unit < UNITS; ++unit)
-                u[k][unit] =
-                    Right<HALF_INPUT>(shared + unit_at(tiles, unit, rows) + (U + first + 8 * k) * ROW, ROW, 1);
+            for (int s = 0; s < GROUP_SEGMENTS; ++s)
+                u[k][s] = Left<HALF_INPUT>::across(shared + s * segment_floats(rows) + (U + first + 8 * k) * ROW, ROW);
 #pragma unroll
-        for (int tile = 0; tile < COUNT; ++tile) {
-            if (tile % tiles.step != tiles.first) continue;
-            const int kind = tile == 0 ? 0 : WITH_B && tile == 1 ? 1 : 2;  // dt, B, C
-            const float* from = weights + (kind == 0 ? 0 : DT_ROWS + (kind - 1) * N) * WEIGHT + first;
+        for (int i = 0; i < OWN; ++i) {
+            const int row = 8 * (warp_of_group() + i * GROUP_WARPS);
+            if (row >= 8 * TILES) continue;
+            const float* from = weights + (row < DT_ROWS || WITH_B ? row : row + N) * WEIGHT + first;
 #pragma unroll
             for (int k = 0; k < AHEAD; ++k) {
-                const Left a(from + 8 * k, WEIGHT, 1, kind == 0 ? DT_ROWS : 16, 8);
+                const auto by = Right<false>::pairs(from + 8 * k, WEIGHT);
 #pragma unroll
-                for (int unit = 0; unit < UNITS; ++unit) multiply(sums[tile][unit], a, u[k][unit]);
+                for (int s = 0; s < GROUP_SEGMENTS; ++s) multiply(sums[i][s], u[k][s], by);
             }
         }
     }
 #pragma unroll
-    for (int tile = 0; tile < COUNT; ++tile) {
-        if (tile % tiles.step != tiles.first) continue;
-        const int kind = tile == 0 ? 0 : WITH_B && tile == 1 ? 1 : 2;
-        const int to = kind == 0 ? DT : kind == 1 ? B_ROW : C_ROW;
+    for (int i = 0; i < OWN; ++i) {
+        const int row = 8 * (warp_of_group() + i * GROUP_WARPS);
+        if (row >= 8 * TILES) continue;
+        const int to = row < DT_ROWS ? DT + row : (WITH_B ? B_ROW : C_ROW) + row - DT_ROWS;
 #pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit) {
-            float* at = shared + unit_at(tiles, unit, rows) + to * ROW;
-            each_pair(sums[tile][unit], [&](int m, int n, float a, float b) {
-                if (kind != 0 || m < DT_ROWS) write2(at + m * ROW + n, a, b);
-            });
-        }
+        for (int s = 0; s < GROUP_SEGMENTS; ++s)
+            store_across<false>(sums[i][s], shared + s * segment_floats(rows) + to * ROW, ROW);
     }
 }
 
@@ -328,7 +312,7 @@ __device__ __forceinline__ void make_steps(const RowShare& mine, const Path& pat
     for (int r = 0; r < (LIFTED ? 0 : map.rank); ++r) {
         const Four dt = read4(shared + mine.cell + (DT + r - mine.share.row) * ROW);
         for (int i = 0; i < CHANNEL_ROWS; ++i) {
-            const float by = lift[(mine.share.row + i * PASS) * RANK + r];
+            const float by = lift[(mine.share.row + i * PASS) * LIFT_ROW + r];
             for (int k = 0; k < 4; ++k) raw[i][k] = fmaf(by, dt.at[k], raw[i][k]);
         }
     }
@@ -521,67 +505,49 @@ struct WeightSums {
 
 // What follows a sub-block's walk back: gradients of dt, of x and of the weights from those of delta, w, B and C.
 __device__ __forceinline__ void products_back(const Map& map, const float* weights, float* shared, WeightSums& sums) {
-    const Tiles tiles;
-    const float* lift = weights + LIFT;
-    if (!LIFTED && tiles.first == 0) {  // ddt = dt_projs_weight^T ddelta
-        float ddt[UNITS][4] = {};
+    const int own = warp_of_group() * COLUMN_TILES * 8;  // of the channels
+    shared = of_warp(shared, BACKWARD_ROWS);
+    if (!LIFTED && warp_of_group() == 0) {  // ddt = ddelta dt_projs_weight, by positions
+        float ddt[4] = {};
 #pragma unroll(D < 64 ? D / 8 : 4)
-        for (int k = 0; k < D; k += 8) {
-            const Left a(lift + k * RANK, 1, RANK, RANK, 8);
-#pragma unroll
-            for (int unit = 0; unit < UNITS; ++unit) {
-                const Right<false> b(shared + unit_at(tiles, unit, BACKWARD_ROWS) + (W + k) * ROW, ROW, 1);
-                multiply(ddt[unit], a, b);
-            }
-        }
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit) {
-            float* at = shared + unit_at(tiles, unit, BACKWARD_ROWS) + DDT * ROW;
-            each_pair(ddt[unit], [&](int m, int n, float a, float b) {
-                if (m < RANK) write2(at + m * ROW + n, a, b);
-            });
-        }
+        for (int k = 0; k < D; k += 8)
+            multiply(ddt, Left<false>::across(shared + (W + k) * ROW, ROW),
+                     Right<false>::across(weights + LIFT + k * LIFT_ROW, LIFT_ROW));
+        store_across<false>(ddt, shared + DDT * ROW, ROW);
     }
     if (!LIFTED) group_sync();
-    for (int tile = tiles.first; tile * 16 < D; tile += tiles.step) {  // dx += x_proj_weight^T (dB, dC, ddt)
-        float dx[UNITS][4] = {};
+    // dx += (dB, dC, ddt) x_proj_weight, by positions.
+    float dx[GROUP_SEGMENTS][COLUMN_TILES][4] = {};
 #pragma unroll
-        for (int k = 0; k < 2 * N + DT_ROWS; k += 8) {
-            const int from = k < 2 * N ? DT_ROWS + k : k - 2 * N, row = k < 2 * N ? B_ROW + k : DDT + k - 2 * N;
-            const Left a(weights + from * WEIGHT + tile * 16, 1, WEIGHT, D < 16 ? D : 16, 8);
-#pragma unroll
-            for (int unit = 0; unit < UNITS; ++unit) {
-                const Right<false> b(shared + unit_at(tiles, unit, BACKWARD_ROWS) + row * ROW, ROW, 1);
-                multiply(dx[unit], a, b);
-            }
-        }
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit) {
-            float* at = shared + unit_at(tiles, unit, BACKWARD_ROWS) + (DELTA + tile * 16) * ROW;
-            each_pair(dx[unit], [&](int m, int n, float a, float b) {
-                float* to = at + m * ROW + n;
-                if (m < D) write2(to, to[0] + a, to[1] + b);
-            });
+    for (int k = 0; k < 2 * N + DT_ROWS; k += 8) {
+        const int from = k < 2 * N ? DT_ROWS + k : k - 2 * N, row = k < 2 * N ? B_ROW + k : DDT + k - 2 * N;
+        Right<false> by[COLUMN_TILES];
+        for (int n = 0; n < COLUMN_TILES; ++n) by[n] = Right<false>::across(weights + from * WEIGHT + own + n * 8, WEIGHT);
+        for (int s = 0; s < GROUP_SEGMENTS; ++s) {
+            const auto a = Left<false>::across(shared + s * segment_floats(BACKWARD_ROWS) + row * ROW, ROW);
+            for (int n = 0; n < COLUMN_TILES; ++n) multiply(dx[s][n], a, by[n]);
         }
     }
+    for (int s = 0; s < GROUP_SEGMENTS; ++s)
+        for (int n = 0; n < COLUMN_TILES; ++n)
+            store_across<true>(dx[s][n], shared + s * segment_floats(BACKWARD_ROWS) + (DELTA + own + n * 8) * ROW, ROW);
     // Sums over positions: a warp has COLUMN_TILES of the channels, and one of 16 for dt_projs_weight.
-    const int warp = threadIdx.x % GROUP / 32;
 #pragma unroll
     for (int s = 0; s < GROUP_SEGMENTS; ++s) {
-        const float* rows = shared + (threadIdx.x / GROUP * GROUP_SEGMENTS + s) * segment_floats(BACKWARD_ROWS);
+        const float* rows = shared + s * segment_floats(BACKWARD_ROWS);
 #pragma unroll
         for (int k = 0; k < SUB; k += 8) {
             Right<HALF_INPUT> u[COLUMN_TILES];
             for (int n = 0; n < COLUMN_TILES; ++n)
-                u[n] = Right<HALF_INPUT>(rows + (U + (warp * COLUMN_TILES + n) * 8) * ROW + k, 1, ROW);
+                u[n] = Right<HALF_INPUT>::along(rows + (U + own + n * 8) * ROW + k, ROW);
             for (int m = 0; m < 3; ++m) {
-                const Left a(rows + (m < 2 ? B_ROW + m * N : DDT) * ROW + k, ROW, 1, m < 2 ? 16 : DT_ROWS, 8);
+                const auto a =
+                    Left<false>::along(rows + (m < 2 ? B_ROW + m * N : DDT) * ROW + k, ROW, m < 2 ? N : DT_ROWS);
                 for (int n = 0; n < COLUMN_TILES; ++n) multiply(sums.rows[m][n], a, u[n]);
             }
             if (LIFTED) continue;
-            const Left ddelta(rows + (W + warp * 16) * ROW + k, ROW, 1, D < 16 ? D : 16, 8);
-            const Right<false> dt(rows + DT * ROW + k, 1, ROW);
-            multiply(sums.lift, ddelta, dt);
+            multiply(sums.lift, Left<false>::along(rows + (W + own) * ROW + k, ROW),
+                     Right<false>::along(rows + DT * ROW + k, ROW));
         }
     }
 }
@@ -679,17 +645,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                       rows + C_ROW * ROW, dm, dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
         }
         group_sync();
-        // Gradients of the pre-activations over w, those of x that bypass the projections over delta.
-        bool exists[4];
-        for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
+        // Gradients of the pre-activations over w, those of x that bypass the projections over delta. Both are 0 where
+        // delta is, so also where nothing exists.
         for (int i = 0; i < CHANNEL_ROWS; ++i) {
             float* cell = shared + mine.cell + i * PASS * ROW;
             const Four in = read4(cell + U * ROW), steps = read4(cell + DELTA * ROW);
             const Four by_input = read4(cell + W * ROW), by_decay = read4(cell + DY * ROW);
             Four ddelta, direct;
             for (int k = 0; k < 4; ++k) {
-                const float by_delta = fmaf(in.at[k], by_input.at[k], by_decay.at[k]);
-                ddelta.at[k] = exists[k] ? by_delta * softplus_slope(steps.at[k]) : 0.0f;
+                ddelta.at[k] = fmaf(in.at[k], by_input.at[k], by_decay.at[k]) * softplus_slope(steps.at[k]);
                 sum_bias[i] += ddelta.at[k];
                 direct.at[k] = steps.at[k] * by_input.at[k];
             }
@@ -746,11 +710,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int n = 0; n < COLUMN_TILES; ++n)
         for (int m = 0; m < 3; ++m)
             each_pair(sums.rows[m][n], [&](int row, int c, float a, float b) {
-                if (m < 2 || row < DT_ROWS) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
+                if (m == 2 && row >= DT_ROWS) return;
+                float* to = own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8;
+                to[spread(c)] = a;
+                to[spread(c + 1)] = b;
             });
     if (!LIFTED)
         each_pair(sums.lift, [&](int c, int r, float a, float b) {
-            if (c < D) write2(own + PROJECTIONS + (warp * 16 + c) * RANK + r, a, b);
+            float* to = own + PROJECTIONS + (warp * 16 + c) * RANK;
+            to[spread(r)] = a;
+            to[spread(r + 1)] = b;
         });
     __syncthreads();
     for (int index = threadIdx.x; index < PER_GROUP; index += THREADS) {

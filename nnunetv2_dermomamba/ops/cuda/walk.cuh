@@ -98,6 +98,7 @@ struct Share {
         quad = index % (SUB / 4);
         segment = threadIdx.x / GROUP * GROUP_SEGMENTS + index / (SUB / 4) % GROUP_SEGMENTS;
         row = index / (SUB / 4) / GROUP_SEGMENTS;
+        if (GROUP_SEGMENTS == 1) row += row % 2 * 4 - row % 8 + row % 8 / 2;  // 0, 4, 1, 5, ...: other banks
     }
     __device__ __forceinline__ int cell(int rows) const {
         return segment * segment_floats(rows) + row * ROW + quad * 4;
