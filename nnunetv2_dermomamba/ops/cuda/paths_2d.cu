@@ -60,15 +60,15 @@ struct PathWeights {
     }
 };
 
-// Rows of delta and w = delta u, of B and C, from those of u; ``first`` is the path's step of the first position.
-__device__ __forceinline__ void project_path(const PathWeights& by, const Path& path, int first, float* shared) {
+// Rows of delta and w = delta u, of B and C, from those of u.
+__device__ __forceinline__ void project_path(const PathWeights& by, float* shared) {
 #pragma unroll
     for (int unit = 0; unit < PATH_UNITS; ++unit) {
         const int column = (threadIdx.x / 32 * PATH_UNITS + unit) * 8;
         float sums[3][4] = {};
         for (int k = 0; k < D / 8; ++k) {
             const auto u = Right<HALF_INPUT>::across(shared + (U + 8 * k) * PATH_ROW + column, PATH_ROW);
-            for (int tile = 0; tile < 3; ++tile) multiply(sums[tile], by.rows[tile][k], u);
+            for (int tile = 0; tile < 3; ++tile) multiply(sums[tile], sums[tile], by.rows[tile][k], u);
         }
         each_pair(sums[1], [&](int n, int t, float a, float b) {
             write2(shared + (B_ROW + n) * PATH_ROW + column + t, a, b);
@@ -79,13 +79,9 @@ __device__ __forceinline__ void project_path(const PathWeights& by, const Path& 
         each_pair(sums[0], [&](int c, int t, float a, float b) {
             if (c >= D) return;
             float* to = shared + c * PATH_ROW + column + t;
-            float step[2] = {a, b};
-            for (int i = 0; i < 2; ++i) {
-                const bool exists = (unsigned)path.cell(first + column + t + i) < (unsigned)path.length;
-                step[i] = exists ? softplus(step[i] + by.bias[c / 8]) : 0.0f;
-            }
-            write2(to + DELTA * PATH_ROW, step[0], step[1]);
-            write2(to + W * PATH_ROW, step[0] * to[U * PATH_ROW], step[1] * to[U * PATH_ROW + 1]);
+            const float step = softplus(a + by.bias[c / 8]), next = softplus(b + by.bias[c / 8]);
+            write2(to + DELTA * PATH_ROW, step, next);
+            write2(to + W * PATH_ROW, step * to[U * PATH_ROW], next * to[U * PATH_ROW + 1]);
         });
     }
 }
@@ -126,22 +122,34 @@ __device__ __forceinline__ void walk_path(const PathLane& lane, float* rows, con
     for (int t = 0; t < KEPT; t += 2) write2(to + t, y[t], y[t + 1]);
 }
 
-// Where a path is among the chunks of the backward pass, and the states that it starts from.
+// Where a path is among the chunks of the backward pass, and where its states belong that those start from.
 struct PathStates {
-    float* kept;
-    int chunk, sub;
+    float *of_path, *to;  // null where none are kept, or no more
+    int chunk, chunks, sub, subs;
 
-    __device__ __forceinline__ void keep(const Map& map, int path, const PathLane& lane, const PathTile& h) {
-        if (kept && sub % RUN == 0 && chunk < map.spans * SEGMENTS) {
-            const int runs = (map.subs + RUN - 1) / RUN, r = (lane.channel ^ lane.part) & 1;
-            const long long run = ((long long)path * map.spans + chunk / SEGMENTS) * runs + sub / RUN;
-            const int thread = chunk % SEGMENTS * THREADS_A_SEGMENT + 4 * lane.group + lane.part;
-            float* to = kept + ((run * CHANNELS + r) * THREADS + thread) * STATES;
+    __device__ __forceinline__ PathStates(float* kept, const Map& map, int path, const PathLane& lane) {
+        const int r = (lane.channel ^ lane.part) & 1, thread = 4 * lane.group + lane.part;
+        of_path = kept;
+        if (kept) of_path += ((long long)path * map.spans * runs(map) * CHANNELS + r) * THREADS * STATES + thread * STATES;
+        to = of_path;
+        chunk = sub = 0;
+        chunks = map.spans * SEGMENTS;
+        subs = map.subs;
+    }
+    static __device__ __forceinline__ int runs(const Map& map) { return (map.subs + RUN - 1) / RUN; }
+
+    __device__ __forceinline__ void keep(const Map& map, const PathLane& lane, const PathTile& h) {
+        if (to && sub % RUN == 0) {
             for (int j = 0; j < PATH_STATES; ++j) to[lane.slot[j]] = h[j];
+            to += CHANNELS * THREADS * STATES;
         }
-        if (++sub == map.subs) {
+        if (++sub == subs) {
             sub = 0;
             ++chunk;
+            to = nullptr;
+            if (of_path && chunk < chunks)
+                to = of_path + ((long long)(chunk / SEGMENTS) * runs(map) * CHANNELS * THREADS +
+                                chunk % SEGMENTS * THREADS_A_SEGMENT) * STATES;
         }
     }
 };
@@ -172,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(PATH_THREADS, 6)
     read();
     __syncthreads();
     const PathWeights by(weights, bias_of + direction * map.d, map.d);
-    PathStates states{kept, 0, 0};
+    PathStates states(kept, map, blockIdx.x, lane);
 #pragma unroll 1
     for (int first = 0; first <= path.last; first += PATH_SUB) {
         // in turn: while results leave the one half, u fills the other
@@ -185,11 +193,11 @@ extern "C" __global__ void __launch_bounds__(PATH_THREADS, 6)
         cursor.move(path, false);
         read();
         __syncthreads();
-        project_path(by, path, first, rows);
+        project_path(by, rows);
         __syncthreads();
 #pragma unroll 1
         for (int half = 0; half < PATH_SUB; half += SUB) {
-            states.keep(map, blockIdx.x, lane, h);
+            states.keep(map, lane, h);
             walk_path(lane, rows + half, A2, h);
         }
         __syncthreads();

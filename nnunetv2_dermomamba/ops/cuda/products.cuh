@@ -90,10 +90,11 @@ private:
     }
 };
 
+// The rests' products may have sums of their own: a product waits for the one before it with the same sum.
 template <typename A, typename B>
-__device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
-    if (!A::EXACT) multiply(c, a.low, b.high);
-    if (!B::EXACT) multiply(c, a.high, b.low);
+__device__ __forceinline__ void multiply(float (&c)[4], float (&of_rests)[4], const A& a, const B& b) {
+    if (!A::EXACT) multiply(of_rests, a.low, b.high);
+    if (!B::EXACT) multiply(of_rests, a.high, b.low);
     multiply(c, a.high, b.high);
 }
 

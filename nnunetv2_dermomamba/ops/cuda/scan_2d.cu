@@ -14,7 +14,7 @@ struct Map {
 
 constexpr int RANK = 8;         // of dt at most
 // Floats from row to row of the weights in shared memory, and of dt_projs_weight: other banks.
-constexpr int WEIGHT = D + 4, LIFT_ROW = RANK + 4;
+constexpr int WEIGHT = D == 8 ? 8 : D + 8, LIFT_ROW = RANK + 4;
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
 constexpr int RUN = D == 8 ? 1 : 2;
 // Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
@@ -131,7 +131,7 @@ template <typename T>
 __device__ __forceinline__ RawFour<T> read_map(const T* map, int position, int channel, int d) {
     RawFour<T> v = {};
     if (position < 0) return v;
-    const T* from = map + (long long)position * d + channel;
+    const T* from = map + (long long)position * (WHOLE ? D : d) + channel;
     if (WHOLE) return *reinterpret_cast<const RawFour<T>*>(from);
     for (int k = 0; k < 4; ++k)
         if (channel + k < d) v.set(k, from[k]);
@@ -140,7 +140,7 @@ __device__ __forceinline__ RawFour<T> read_map(const T* map, int position, int c
 
 __device__ __forceinline__ void write_map(float* map, int position, int channel, int d, const Four& v) {
     if (position < 0) return;
-    float* to = map + (long long)position * d + channel;
+    float* to = map + (long long)position * (WHOLE ? D : d) + channel;
     if (WHOLE) return write4(to, v);
     for (int k = 0; k < 4; ++k)
         if (channel + k < d) to[k] = v.at[k];
@@ -150,7 +150,7 @@ __device__ __forceinline__ void write_rounded(Input* map, int position, int chan
     if (position < 0) return;
     FourInputs rounded;
     for (int k = 0; k < 4; ++k) rounded.at[k] = narrow(v.at[k]);
-    Input* to = map + (long long)position * d + channel;
+    Input* to = map + (long long)position * (WHOLE ? D : d) + channel;
     if (WHOLE) {
         *reinterpret_cast<FourInputs*>(to) = rounded;
         return;
@@ -238,17 +238,37 @@ __device__ __forceinline__ float* of_warp(float* shared, int rows) {
 }
 __device__ __forceinline__ int warp_of_group() { return GROUP_WARPS > 1 ? threadIdx.x % GROUP / 32 : 0; }
 
-// Rows of dt, and of B (unless C alone is wanted) and C (unless B alone is), from those of u: a product of a segment's
-// positions by channels and channels by rows, whose eights are shared out among a group's warps.
+// A thread's share of rows over time.
+struct RowShare {
+    Share share;
+    int cell;
+    __device__ __forceinline__ explicit RowShare(int rows) { cell = share.cell(rows); }
+};
+
+// Biases of the channels whose delta a thread computes: of its columns of a product, or of its rows.
+struct Bias {
+    float of[LIFTED ? D / 4 : CHANNEL_ROWS];
+    __device__ __forceinline__ Bias(const Map& map, const float* bias, int direction) {
+        const Share share;
+        for (int i = 0; i < sizeof(of) / sizeof(float); ++i) {
+            const int c = LIFTED ? i / 2 * 8 + 2 * lane_k() + i % 2 : share.row + i * PASS;
+            of[i] = c < map.d ? bias[direction * map.d + c] : 0.0f;
+        }
+    }
+};
+
+// From rows of u those of delta (dt where that is apart), of B (unless C alone is wanted), C (unless B alone is) and, for
+// the forward walk, w = delta u: a product of a segment's positions by channels and channels by rows, whose eights are
+// shared out among a group's warps. Where nothing exists u is 0, and so is what follows from it, whatever delta is.
 template <bool WITH_B, bool WITH_C>
-__device__ __forceinline__ void project(float* shared, const float* weights, int rows) {
+__device__ __forceinline__ void project(const Bias& bias, float* shared, const float* weights, int rows) {
     constexpr int TILES = (DT_ROWS + (WITH_B + WITH_C) * N) / 8, OWN = (TILES + GROUP_WARPS - 1) / GROUP_WARPS;
     constexpr int AHEAD = D < 64 ? D / 8 : 4;  // products whose left factors are in registers
     shared = of_warp(shared, rows);
-    float sums[OWN][GROUP_SEGMENTS][4] = {};
+    float sums[OWN][GROUP_SEGMENTS][4] = {}, rests[OWN][GROUP_SEGMENTS][4] = {};
+    Left<HALF_INPUT> u[AHEAD][GROUP_SEGMENTS];
 #pragma unroll 1
     for (int first = 0; first < D; first += 8 * AHEAD) {
-        Left<HALF_INPUT> u[AHEAD][GROUP_SEGMENTS];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
@@ -263,7 +283,8 @@ __device__ __forceinline__ void project(float* shared, const float* weights, int
             for (int k = 0; k < AHEAD; ++k) {
                 const auto by = Right<false>::pairs(from + 8 * k, WEIGHT);
 #pragma unroll
-                for (int s = 0; s < GROUP_SEGMENTS; ++s) multiply(sums[i][s], u[k][s], by);
+                for (int s = 0; s < GROUP_SEGMENTS; ++s)
+                    multiply(sums[i][s], LIFTED ? sums[i][s] : rests[i][s], u[k][s], by);
             }
         }
     }
@@ -273,63 +294,59 @@ __device__ __forceinline__ void project(float* shared, const float* weights, int
         if (row >= 8 * TILES) continue;
         const int to = row < DT_ROWS ? DT + row : (WITH_B ? B_ROW : C_ROW) + row - DT_ROWS;
 #pragma unroll
-        for (int s = 0; s < GROUP_SEGMENTS; ++s)
-            store_across<false>(sums[i][s], shared + s * segment_floats(rows) + to * ROW, ROW);
+        for (int s = 0; s < GROUP_SEGMENTS; ++s) {
+            float* at = shared + s * segment_floats(rows) + to * ROW;
+            for (int k = 0; k < 4; ++k) {
+                if (!LIFTED) sums[i][s][k] += rests[i][s][k];
+                if (LIFTED && row < DT_ROWS) sums[i][s][k] = softplus(sums[i][s][k] + bias.of[2 * i + k % 2]);
+            }
+            store_across<false>(sums[i][s], at, ROW);
+            if (LIFTED && row < DT_ROWS && WITH_B) {  // of u a lane has the same places as of delta
+                for (int k = 0; k < 4; ++k) sums[i][s][k] *= u[i % AHEAD][s].high[k / 2 + k % 2 * 2];
+                store_across<false>(sums[i][s], at + (W - DELTA) * ROW, ROW);
+            }
+        }
     }
 }
 
-// A thread's share of rows over time, with the bias of its channels.
-struct RowShare {
-    Share share;
-    int cell, first;
-    float bias[CHANNEL_ROWS];
-    __device__ __forceinline__ RowShare(const Map& map, const float* bias_of, int direction, int span, int rows) {
-        cell = share.cell(rows);
-        first = (span * SEGMENTS + share.segment) * map.subs * SUB + share.quad * 4;
-        for (int i = 0; i < CHANNEL_ROWS; ++i) {
-            const int row = share.row + i * PASS;
-            bias[i] = row < map.d ? bias_of[direction * map.d + row] : 0.0f;
-        }
-    }
-    __device__ __forceinline__ bool exists(const Path& path, int sub, int k) const {
-        return path.cell(first + sub * SUB + k) < path.length;
-    }
-};
-
-// Rows of delta = softplus(dt_projs_weight dt + bias) and, for the forward walk, w = delta u.
-template <bool PRODUCT>
-__device__ __forceinline__ void make_steps(const RowShare& mine, const Path& path, const Map& map, int sub,
-                                           const float* weights, float* shared) {
-    const float* lift = weights + LIFT;
-    bool exists[4];
-    for (int k = 0; k < 4; ++k) exists[k] = mine.exists(path, sub, k);
+// Rows of delta = softplus(dt_projs_weight dt + bias) and w from those of dt.
+template <bool WITH_W>
+__device__ __forceinline__ void lift(const RowShare& mine, const Bias& bias, const Map& map, const float* weights,
+                                     float* shared) {
     float raw[CHANNEL_ROWS][4];
-    for (int i = 0; i < CHANNEL_ROWS; ++i) {
-        const Four lifted = LIFTED ? read4(shared + mine.cell + (DT + i * PASS) * ROW) : Four{};
-        for (int k = 0; k < 4; ++k) raw[i][k] = mine.bias[i] + lifted.at[k];
-    }
+    for (int i = 0; i < CHANNEL_ROWS; ++i)
+        for (int k = 0; k < 4; ++k) raw[i][k] = bias.of[i];
 #pragma unroll 1
-    for (int r = 0; r < (LIFTED ? 0 : map.rank); ++r) {
+    for (int r = 0; r < map.rank; ++r) {
         const Four dt = read4(shared + mine.cell + (DT + r - mine.share.row) * ROW);
         for (int i = 0; i < CHANNEL_ROWS; ++i) {
-            const float by = lift[(mine.share.row + i * PASS) * LIFT_ROW + r];
+            const float by = weights[LIFT + (mine.share.row + i * PASS) * LIFT_ROW + r];
             for (int k = 0; k < 4; ++k) raw[i][k] = fmaf(by, dt.at[k], raw[i][k]);
         }
     }
     for (int i = 0; i < CHANNEL_ROWS; ++i) {
         float* cell = shared + mine.cell + i * PASS * ROW;
         Four steps;
-        for (int k = 0; k < 4; ++k) {
-            const float step = softplus(raw[i][k]);
-            steps.at[k] = exists[k] && (WHOLE || mine.share.row + i * PASS < map.d) ? step : 0.0f;
-        }
+        for (int k = 0; k < 4; ++k) steps.at[k] = softplus(raw[i][k]);
         write4(cell + DELTA * ROW, steps);
-        if (PRODUCT) {
+        if (WITH_W) {
             Four w = read4(cell + U * ROW);
             for (int k = 0; k < 4; ++k) w.at[k] *= steps.at[k];
             write4(cell + W * ROW, w);
         }
     }
+}
+
+// All rows that a walk needs from those of u.
+template <bool WITH_B, bool WITH_C>
+__device__ __forceinline__ void make_rows(const RowShare& mine, const Bias& bias, const Map& map, const float* weights,
+                                          float* shared, int rows) {
+    group_sync();
+    project<WITH_B, WITH_C>(bias, shared, weights, rows);
+    group_sync();
+    if (LIFTED) return;
+    lift<WITH_B>(mine, bias, map, weights, shared);
+    group_sync();
 }
 
 __device__ __forceinline__ void read_decays(const float* A, const Map& map, int direction, const Lane& lane, Tile& A2) {
@@ -384,7 +401,8 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
     const Path path(map, where.direction);
     const Lane lane;
     const MapShare share;
-    const RowShare mine(map, bias_of, where.direction, where.span, ROWS);
+    const RowShare mine(ROWS);
+    const Bias bias(map, bias_of, where.direction);
     float* weights = shared + SEGMENTS * segment_floats(ROWS);
     const float* rows = shared + lane.segment * segment_floats(ROWS);
     x += where.offset(map);
@@ -408,11 +426,7 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
             in.read(x, share, path, cursor, map.d);
             if (ADJOINT) out.read(dy, share, path, cursor, map.d);
         }
-        group_sync();
-        project<!ADJOINT, ADJOINT>(shared, weights, ROWS);
-        group_sync();
-        make_steps<!ADJOINT>(mine, path, map, sub, weights, shared);
-        group_sync();
+        make_rows<!ADJOINT, ADJOINT>(mine, bias, map, weights, shared, ROWS);
         const float* by = rows + (ADJOINT ? C_ROW : B_ROW) * ROW;
         walk_summary<ADJOINT>(lane, rows + DELTA * ROW, rows + W * ROW, by, A2, h, sum);
         group_sync();
@@ -455,7 +469,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     const Path path(map, where.direction);
     const Lane lane;
     const MapShare share;
-    const RowShare mine(map, bias_of, where.direction, where.span, ROWS);
+    const RowShare mine(ROWS);
+    const Bias bias(map, bias_of, where.direction);
     float* weights = shared + SEGMENTS * segment_floats(ROWS);
     float* rows = shared + lane.segment * segment_floats(ROWS);
     x += where.offset(map);
@@ -476,11 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
         const int position[2] = {cursor.position(path, 0), cursor.position(path, 1)};
         cursor.move(path, false);
         if (sub + 1 < map.subs) in.read(x, share, path, cursor, map.d);
-        group_sync();
-        project<true, true>(shared, weights, ROWS);
-        group_sync();
-        make_steps<true>(mine, path, map, sub, weights, shared);
-        group_sync();
+        make_rows<true, true>(mine, bias, map, weights, shared, ROWS);
         walk_output(lane, rows + DELTA * ROW, rows + W * ROW, rows + B_ROW * ROW, rows + C_ROW * ROW, A2, h);
         group_sync();
         for (int i = 0; i < 2; ++i) {
@@ -508,16 +519,17 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
     const int own = warp_of_group() * COLUMN_TILES * 8;  // of the channels
     shared = of_warp(shared, BACKWARD_ROWS);
     if (!LIFTED && warp_of_group() == 0) {  // ddt = ddelta dt_projs_weight, by positions
-        float ddt[4] = {};
+        float ddt[2][4] = {}, rests[2][4] = {};
 #pragma unroll(D < 64 ? D / 8 : 4)
-        for (int k = 0; k < D; k += 8)
-            multiply(ddt, Left<false>::across(shared + (W + k) * ROW, ROW),
-                     Right<false>::across(weights + LIFT + k * LIFT_ROW, LIFT_ROW));
-        store_across<false>(ddt, shared + DDT * ROW, ROW);
+        for (int k = 0; k < D / 8; ++k)
+            multiply(ddt[k % 2], rests[k % 2], Left<false>::across(shared + (W + 8 * k) * ROW, ROW),
+                     Right<false>::across(weights + LIFT + 8 * k * LIFT_ROW, LIFT_ROW));
+        for (int i = 0; i < 4; ++i) ddt[0][i] += ddt[1][i] + (rests[0][i] + rests[1][i]);
+        store_across<false>(ddt[0], shared + DDT * ROW, ROW);
     }
     if (!LIFTED) group_sync();
     // dx += (dB, dC, ddt) x_proj_weight, by positions.
-    float dx[GROUP_SEGMENTS][COLUMN_TILES][4] = {};
+    float dx[GROUP_SEGMENTS][COLUMN_TILES][4] = {}, rests[GROUP_SEGMENTS][COLUMN_TILES][4] = {};
 #pragma unroll
     for (int k = 0; k < 2 * N + DT_ROWS; k += 8) {
         const int from = k < 2 * N ? DT_ROWS + k : k - 2 * N, row = k < 2 * N ? B_ROW + k : DDT + k - 2 * N;
@@ -525,12 +537,14 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
         for (int n = 0; n < COLUMN_TILES; ++n) by[n] = Right<false>::across(weights + from * WEIGHT + own + n * 8, WEIGHT);
         for (int s = 0; s < GROUP_SEGMENTS; ++s) {
             const auto a = Left<false>::across(shared + s * segment_floats(BACKWARD_ROWS) + row * ROW, ROW);
-            for (int n = 0; n < COLUMN_TILES; ++n) multiply(dx[s][n], a, by[n]);
+            for (int n = 0; n < COLUMN_TILES; ++n) multiply(dx[s][n], rests[s][n], a, by[n]);
         }
     }
     for (int s = 0; s < GROUP_SEGMENTS; ++s)
-        for (int n = 0; n < COLUMN_TILES; ++n)
+        for (int n = 0; n < COLUMN_TILES; ++n) {
+            for (int i = 0; i < 4; ++i) dx[s][n][i] += rests[s][n][i];
             store_across<true>(dx[s][n], shared + s * segment_floats(BACKWARD_ROWS) + (DELTA + own + n * 8) * ROW, ROW);
+        }
     // Sums over positions: a warp has COLUMN_TILES of the channels, and one of 16 for dt_projs_weight.
 #pragma unroll
     for (int s = 0; s < GROUP_SEGMENTS; ++s) {
@@ -543,10 +557,10 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
             for (int m = 0; m < 3; ++m) {
                 const auto a =
                     Left<false>::along(rows + (m < 2 ? B_ROW + m * N : DDT) * ROW + k, ROW, m < 2 ? N : DT_ROWS);
-                for (int n = 0; n < COLUMN_TILES; ++n) multiply(sums.rows[m][n], a, u[n]);
+                for (int n = 0; n < COLUMN_TILES; ++n) multiply(sums.rows[m][n], sums.rows[m][n], a, u[n]);
             }
             if (LIFTED) continue;
-            multiply(sums.lift, Left<false>::along(rows + (W + own) * ROW + k, ROW),
+            multiply(sums.lift, sums.lift, Left<false>::along(rows + (W + own) * ROW + k, ROW),
                      Right<false>::along(rows + DT * ROW + k, ROW));
         }
     }
@@ -555,7 +569,7 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
 // dx likewise, and a block's own partial sums of the parameters' gradients: (batch, spans, 4, ...), dt's in
 // ``ddt_projs`` where the weights are LIFTED, which is then (batch, spans, 4, d, d). The launch of the last direction,
 // which completes dx, writes it to ``rounded`` instead, if that is given.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, D == 8 ? 3 : 1)
     backward_2d(const float* dy, const Input* x, const float* x_proj, const float* dt_projs, const float* bias_of,
                 const float* A, const float* skip, const float* kept, const float* adjoints, float* dx,
                 Input* rounded, float* dx_proj, float* ddt_projs, float* dbias, float* dA, float* dskip, Map map) {
@@ -564,7 +578,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Path path(map, where.direction);
     const Lane lane;
     const MapShare share;
-    const RowShare mine(map, bias_of, where.direction, where.span, BACKWARD_ROWS);
+    const RowShare mine(BACKWARD_ROWS);
+    const Bias bias(map, bias_of, where.direction);
     float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
     float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of a run
     float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
@@ -610,11 +625,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             in.read(x, share, path, cursor, map.d);
             out.read(dy, share, path, cursor, map.d);
         }
-        group_sync();
-        project<true, true>(shared, weights, BACKWARD_ROWS);
-        group_sync();
-        make_steps<true>(mine, path, map, sub, weights, shared);
-        group_sync();
+        make_rows<true, true>(mine, bias, map, weights, shared, BACKWARD_ROWS);
         if (forth) {
 #pragma unroll
             for (int q = 0; q < SUB / STEPS; ++q) {
@@ -645,8 +656,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                       rows + C_ROW * ROW, dm, dm + N * ROW, q * STEPS, A2, h, g, sum_dA);
         }
         group_sync();
-        // Gradients of the pre-activations over w, those of x that bypass the projections over delta. Both are 0 where
-        // delta is, so also where nothing exists.
+        // Gradients of the pre-activations over w, those of x that bypass the projections over delta. The former are 0
+        // where nothing exists: u is, and the adjoint or the state.
         for (int i = 0; i < CHANNEL_ROWS; ++i) {
             float* cell = shared + mine.cell + i * PASS * ROW;
             const Four in = read4(cell + U * ROW), steps = read4(cell + DELTA * ROW);
