@@ -63,7 +63,7 @@ class EncoderStage(nn.Module):
             return norm(self.conv(x))
         without_bias = mean - bias.detach()
         x = self.conv.without_bias(x)
-        # By rows of channels on a GPU: of maps a compiler would write the gradient channels first, to read it three times.
+        # By rows of channels on a GPU: of maps a compiler writes the gradient channels first, and reads it three times.
         rows = x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_cuda else x
         rows = F.batch_norm(
             rows,

@@ -76,7 +76,7 @@ def _weights_bytes(block: Block) -> int:
 
 def _run(block: Block) -> int:
     """Sub-blocks that are walked back from one kept state: ``RUN`` in ``scan_2d.cu``."""
-    return 1 if block.D == 8 else 2
+    return 1 if block.D <= 32 else 2
 
 
 def _backward_bytes(block: Block) -> int:
@@ -243,7 +243,7 @@ def scan_2d_backward(
 
 
 def _sharers(blocks: int, parts: int) -> int:
-    """Threads that share a sum of ``parts``, a power of two: as fill a GPU of 132 processors, 8 to 128, no idle ones."""
+    """Threads that share a sum of ``parts``, a power of two: as fill 132 processors, 8 to 128, none idle."""
     filling = max(8, 132 * 2048 // (8 * blocks))
     return min(1 << filling.bit_length() - 1, 128, 1 << (parts - 1).bit_length())
 

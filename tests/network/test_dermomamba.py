@@ -79,11 +79,12 @@ def test_initial_values() -> None:
     assert ss2d.dt_projs_weight.abs().max() <= ss2d.dt_projs_weight.shape[2] ** -0.5
 
 
-def test_a_bias_before_a_normalisation_changes_the_running_mean_alone():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_bias_before_a_normalisation_changes_the_running_mean_alone(device):
     torch.manual_seed(0)
-    stage = EncoderStage(8).double()
+    stage = EncoderStage(8).double().to(device)
     plain = copy.deepcopy(stage)
-    x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    x = torch.randn(2, 8, 6, 4, dtype=torch.float64, device=device)
     results = []
     for module in (stage, plain):
         y = module.res_mamba(x)

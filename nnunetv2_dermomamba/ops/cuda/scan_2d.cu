@@ -16,7 +16,7 @@ constexpr int RANK = 8;         // of dt at most
 // Floats from row to row of the weights in shared memory, and of dt_projs_weight: other banks.
 constexpr int WEIGHT = D == 8 ? 8 : D + 8, LIFT_ROW = RANK + 4;
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
-constexpr int RUN = D == 8 ? 1 : 2;
+constexpr int RUN = D <= 32 ? 1 : 2;
 // Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
 // which in a product of sixteen rows cost nothing. What is projected is then the pre-activation of delta.
 constexpr bool LIFTED = D <= 16;
