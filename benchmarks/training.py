@@ -94,6 +94,13 @@ def gate(device: torch.device, compiled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
+def release() -> None:
+    """Free what the network before left on the GPU: compiled code holds on to it."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def table(device: torch.device, batches: list[int], compiled: bool) -> None:
     """Step times and peak memory, ours over nnU-Net's; on the CPU both in turn."""
     if device.type == "cpu":
@@ -106,18 +113,17 @@ def table(device: torch.device, batches: list[int], compiled: bool) -> None:
     for batch in batches:
         times, memory, first = [], [], []
         for build in (dermomamba_step, unet_step):
-            torch.compiler.reset()
-            step = build(batch, device, compiled)
+            release()
+            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+            step = build(batch, device, compiled)
             start = time.perf_counter()
             float(step())
             first.append(time.perf_counter() - start)
             times.append(median_ms(step, device))
             # of all steps, the graph's capture among them: what a graph keeps does not count as allocated later
-            memory.append(torch.cuda.max_memory_allocated() / 2**30)
+            memory.append((torch.cuda.max_memory_allocated() - before) / 2**30)
             del step
-            gc.collect()
-            torch.cuda.empty_cache()
         print(f"{batch:5} {times[0]:14.2f} {times[1]:17.2f} {times[0] / times[1]:6.2f}", end="")
         if memory:
             print(
@@ -130,7 +136,7 @@ def table(device: torch.device, batches: list[int], compiled: bool) -> None:
 def stability(device: torch.device, steps: int, batch: int) -> None:
     """Train from scratch under fp16 autocast on 200 batches; count non-finite losses and skipped steps."""
     torch.manual_seed(0)
-    torch.compiler.reset()
+    release()
     network = dermomamba().to(device)
     optimizer = build_adamw(network, 1e-3, 1e-2, device)
     step = training_step(torch.compile(network), GuideFusionLoss(batch_dice=True), optimizer, 1.0, graph=True)

@@ -76,7 +76,7 @@ def _weights_bytes(block: Block) -> int:
 
 def _run(block: Block) -> int:
     """Sub-blocks that are walked back from one kept state: ``RUN`` in ``scan_2d.cu``."""
-    return 1 if block.D <= 32 else 2
+    return 1 if block.D == 8 else 2
 
 
 def _backward_bytes(block: Block) -> int:

@@ -16,7 +16,7 @@ constexpr int RANK = 8;         // of dt at most
 // Floats from row to row of the weights in shared memory, and of dt_projs_weight: other banks.
 constexpr int WEIGHT = D == 8 ? 8 : D + 8, LIFT_ROW = RANK + 4;
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
-constexpr int RUN = D <= 32 ? 1 : 2;
+constexpr int RUN = D == 8 ? 1 : 2;
 // Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
 // which in a product of sixteen rows cost nothing. What is projected is then the pre-activation of delta.
 constexpr bool LIFTED = D <= 16;
@@ -131,7 +131,7 @@ template <typename T>
 __device__ __forceinline__ RawFour<T> read_map(const T* map, int position, int channel, int d) {
     RawFour<T> v = {};
     if (position < 0) return v;
-    const T* from = map + (long long)position * (WHOLE ? D : d) + channel;
+    const T* from = map + (long long)position * d + channel;
     if (WHOLE) return *reinterpret_cast<const RawFour<T>*>(from);
     for (int k = 0; k < 4; ++k)
         if (channel + k < d) v.set(k, from[k]);
@@ -140,7 +140,7 @@ __device__ __forceinline__ RawFour<T> read_map(const T* map, int position, int c
 
 __device__ __forceinline__ void write_map(float* map, int position, int channel, int d, const Four& v) {
     if (position < 0) return;
-    float* to = map + (long long)position * (WHOLE ? D : d) + channel;
+    float* to = map + (long long)position * d + channel;
     if (WHOLE) return write4(to, v);
     for (int k = 0; k < 4; ++k)
         if (channel + k < d) to[k] = v.at[k];
@@ -150,7 +150,7 @@ __device__ __forceinline__ void write_rounded(Input* map, int position, int chan
     if (position < 0) return;
     FourInputs rounded;
     for (int k = 0; k < 4; ++k) rounded.at[k] = narrow(v.at[k]);
-    Input* to = map + (long long)position * (WHOLE ? D : d) + channel;
+    Input* to = map + (long long)position * d + channel;
     if (WHOLE) {
         *reinterpret_cast<FourInputs*>(to) = rounded;
         return;
