@@ -31,7 +31,6 @@ __all__ = [
     "has_alpha",
     "open_image",
     "read_photograph",
-    "read_rgb",
     "turn_upright",
 ]
 
@@ -172,18 +171,6 @@ def turn_upright(image: Image.Image, pixels: Image.Image, orientation: int) -> I
     if image.format == "TIFF" or orientation not in TRANSPOSE:
         return pixels
     return pixels.transpose(TRANSPOSE[orientation])
-
-
-def read_rgb(path: str | Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """`read_photograph` as an array.
-
-    Returns:
-        uint8 array of shape (height, width, 3).
-
-    Raises:
-        ImageReadError: The file is damaged or has no single right reading.
-    """
-    return np.asarray(read_photograph(path, shape).image)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import read_rgb
+from nnunetv2_dermomamba.conversion.images import read_photograph
 from nnunetv2_dermomamba.conversion.masks import read_mask
 
 HUGE = (b"\xff\xff", b"\x7f\xff", b"\xff\xff\xff\xff", b"\x00\x00\xff\xff", b"\x00\x00\x00\x00", b"\x23\x28\x23\x28")
@@ -47,11 +47,15 @@ def main(folder: Path, name: str, count: int) -> None:
     rng = np.random.default_rng(0)
     seed = next(folder.glob(f"{name}.*"))
     mutated = folder / f"mutated{seed.suffix}"
+
+    def pixels(shape: tuple[int, int] | None) -> np.ndarray:
+        return np.asarray(read_photograph(mutated, shape).image)
+
     result: dict = {"read": 0, "refused": 0, "raised": [], "slowest": 0.0}
     for number in range(count):
         data = mutate(rng, seed.read_bytes())
         mutated.write_bytes(data)
-        for read in (lambda: read_rgb(mutated), lambda: read_rgb(mutated, (24, 32)), lambda: read_mask(mutated)):
+        for read in (lambda: pixels(None), lambda: pixels((24, 32)), lambda: read_mask(mutated)):
             start = time.process_time()
             try:
                 read()

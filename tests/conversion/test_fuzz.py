@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import MAX_PIXELS, read_rgb
+from nnunetv2_dermomamba.conversion.images import MAX_PIXELS, read_photograph
 from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.synthetic import draw_case
 
@@ -69,7 +69,7 @@ def png(width, height, data, *before):
 def test_a_png_that_claims_more_than_it_can_hold(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png(side, side, zlib.compress(b"\0" * 10_000_000)))
     start = time.process_time()
-    for read in (read_rgb, read_mask):
+    for read in (read_photograph, read_mask):
         with pytest.raises(ImageReadError, match=r"claims|DecompressionBomb"):  # nothing was decoded
             read(tmp_path / "bomb.png")
     assert time.process_time() - start < 1
@@ -82,7 +82,7 @@ def test_a_png_whose_text_unpacks_to_200_megabytes(tmp_path, kind):
     (tmp_path / "bomb.png").write_bytes(png(2, 2, zlib.compress(b"\0" * 14), (kind, bomb)))
     tracemalloc.start()
     with contextlib.suppress(ImageReadError):
-        assert not read_rgb(tmp_path / "bomb.png").any()
+        assert not np.asarray(read_photograph(tmp_path / "bomb.png").image).any()
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
 
@@ -98,10 +98,10 @@ def test_the_largest_image_allowed_stays_within_time_and_memory(tmp_path):
     code = """
 import json, resource, sys, time
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import read_rgb
+from nnunetv2_dermomamba.conversion.images import read_photograph
 from nnunetv2_dermomamba.conversion.masks import read_mask
 slowest = 0
-for read in (read_rgb, lambda path: read_rgb(path, (192, 256)), read_mask):
+for read in (read_photograph, lambda path: read_photograph(path, (192, 256)), read_mask):
     start = time.process_time()
     try:
         read(sys.argv[1])
@@ -130,5 +130,5 @@ def test_a_jpeg_of_endless_scans(tmp_path, progressive):
     (tmp_path / "bomb.jpg").write_bytes(data[:-2] + last_scan * 300 + data[-2:])
     start = time.process_time()
     with pytest.raises(ImageReadError, match="scans") if progressive else pytest.raises(ImageReadError):
-        read_rgb(tmp_path / "bomb.jpg")
+        read_photograph(tmp_path / "bomb.jpg")
     assert time.process_time() - start < 10

@@ -6,8 +6,12 @@ from PIL import Image
 
 from nnunetv2_dermomamba.conversion import images
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, read_photograph, read_rgb
+from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, read_photograph
 from nnunetv2_dermomamba.synthetic import draw_case
+
+
+def read_rgb(path, shape=None):
+    return np.asarray(read_photograph(path, shape).image)
 
 
 @pytest.fixture
