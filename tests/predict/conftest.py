@@ -64,19 +64,22 @@ DATASET = {
 }
 
 
-def save_model(results, trainer_name, folds=(0,), dataset=DATASET):
+def save_model(results, trainer_name, folds=(0,), dataset=DATASET, plans=PLANS):
     """An untrained model whose files nnU-Net's trainer wrote; in a folder as below nnUNet_results."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    folder = results / "Dataset501_Test" / f"{trainer_name}__nnUNetPlans__2d"
+    folder = results / plans["dataset_name"] / f"{trainer_name}__nnUNetPlans__2d"
     folder.mkdir(parents=True)
-    (folder / "plans.json").write_text(json.dumps(PLANS))
+    cases = results.parent / "preprocessed" / plans["dataset_name"] / "nnUNetPlans_2d"
+    cases.mkdir(parents=True, exist_ok=True)
+    (cases / "case.b2nd").touch()  # its name tells the trainer how cases are stored
+    (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
     (folder / "dataset_fingerprint.json").write_text("{}")
     for fold in folds:
         torch.manual_seed(hash(fold))
-        plans = json.loads(json.dumps({**PLANS, "continue_training": False}))
-        trainer = recursive_find_trainer_class_by_name(trainer_name)(plans, "2d", fold, dataset, torch.device("cpu"))
+        own = json.loads(json.dumps({**plans, "continue_training": False}))
+        trainer = recursive_find_trainer_class_by_name(trainer_name)(own, "2d", fold, dataset, torch.device("cpu"))
         trainer.log_file = str(folder / "training_log.txt")
         trainer.initialize()
         trainer.logger.log("ema_fg_dice", 0.5, 0)
@@ -95,9 +98,6 @@ def results(tmp_path_factory):
         for name in ("raw", "preprocessed", "results"):
             (folder / name).mkdir()
             patch.setenv(f"nnUNet_{name}", str(folder / name))
-        cases = folder / "preprocessed" / "Dataset501_Test" / "nnUNetPlans_2d"
-        cases.mkdir(parents=True)
-        (cases / "case.b2nd").touch()  # its name tells the trainer how cases are stored
         yield folder / "results"
 
 
@@ -109,6 +109,23 @@ def model(results):
 @pytest.fixture(scope="session")
 def unet(results):
     return save_model(results, "nnUNetTrainer")
+
+
+@pytest.fixture(scope="session")
+def grey(results):
+    """A U-Net of one channel."""
+    configuration = PLANS["configurations"]["2d"]
+    one = {"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]}
+    plans = {**PLANS, "dataset_name": "Dataset502_Grey", "configurations": {"2d": {**configuration, **one}}}
+    return save_model(results, "nnUNetTrainer", dataset={**DATASET, "channel_names": {"0": "L"}}, plans=plans)
+
+
+@pytest.fixture(scope="session")
+def regions(results):
+    """A U-Net of regions that overlap, trained with pixels to ignore."""
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    dataset = {**DATASET, "labels": labels, "regions_class_order": [1, 2]}
+    return save_model(results, "nnUNetTrainer", dataset=dataset, plans={**PLANS, "dataset_name": "Dataset503_Regions"})
 
 
 @pytest.fixture(scope="session")

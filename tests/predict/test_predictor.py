@@ -21,18 +21,42 @@ def binary(channel, shape):
     return Prediction(np.stack([1 - channel, channel]), shape, Classes((1,), ("lesion",), True))
 
 
+def nnunets_own(model, data, folds=(0,), mirroring=False):
+    """Labels and probabilities of nnU-Net's own predictor for data of (channels, 1, height, width)."""
+    theirs = nnUNetPredictor(use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False)
+    theirs.initialize_from_trained_model_folder(str(model), folds)
+    labels, probability = theirs.predict_single_npy_array(
+        data.astype(np.float32), {"spacing": (999, 1, 1)}, None, None, True
+    )
+    return labels[0], probability[:, 0]
+
+
 @pytest.mark.parametrize("mirroring", [False, True])
 def test_probabilities_are_those_of_nnunets_own_predictor_over_all_folds(model, mirroring):
     image = photograph((64, 64))
     mine = Predictor(model, "cpu", mirroring=mirroring)
     _, probability = mine(image)
-    theirs = nnUNetPredictor(use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False)
-    theirs.initialize_from_trained_model_folder(str(model), (0, 1))
-    data = image.transpose(2, 0, 1)[:, None].astype(np.float32)
-    _, expected = theirs.predict_single_npy_array(data, {"spacing": (999, 1, 1)}, None, None, True)
-    error = np.linalg.norm(probability - expected[1, 0]) / np.linalg.norm(expected[1, 0])
+    _, expected = nnunets_own(model, image.transpose(2, 0, 1)[:, None], (0, 1), mirroring)
+    error = np.linalg.norm(probability - expected[1]) / np.linalg.norm(expected[1])
     assert error < FORWARD[torch.float32]
     assert probability.std() > 0
+
+
+def test_a_model_of_one_channel_gets_grey(grey):
+    image = photograph((64, 64))
+    _, probability = Predictor(grey, "cpu", mirroring=False)(image)
+    _, expected = nnunets_own(grey, np.asarray(Image.fromarray(image).convert("L"))[None, None])
+    np.testing.assert_allclose(probability, expected[1], atol=1e-5)
+
+
+def test_regions_of_a_model_with_an_ignore_label(regions):
+    image = photograph((64, 64))
+    mask, probability = Predictor(regions, "cpu", mirroring=False)(image)
+    labels, expected = nnunets_own(regions, image.transpose(2, 0, 1)[:, None])
+    assert probability.shape == expected.shape == (2, 64, 64)
+    np.testing.assert_allclose(probability, expected, atol=1e-5)
+    assert np.array_equal(mask, labels)
+    assert set(np.unique(mask)) <= {0, 1, 2}
 
 
 def test_one_fold_differs_from_both(model):
