@@ -34,6 +34,8 @@ from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
 GATE = 1e-3
 DRAWS = 5
+MOST_LEFT = 64 << 20
+"""Bytes on the GPU when a network's measurement begins, of which nothing is said: workspaces of libraries."""
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
@@ -114,23 +116,21 @@ def table(device: torch.device, batches: list[int], compiled: bool) -> None:
         times, memory, first = [], [], []
         for build in (dermomamba_step, unet_step):
             release()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
             step = build(batch, device, compiled)
             start = time.perf_counter()
             float(step())
             first.append(time.perf_counter() - start)
             times.append(median_ms(step, device))
             # of all steps, the graph's capture among them: what a graph keeps does not count as allocated later
-            memory.append((torch.cuda.max_memory_allocated() - before) / 2**30)
+            memory.append((torch.cuda.max_memory_allocated(device) - before) / 2**30)
+            if before > MOST_LEFT:
+                print(f"{before / 2**20:.0f} MiB were left from before: memory may be more than it says")
             del step
         print(f"{batch:5} {times[0]:14.2f} {times[1]:17.2f} {times[0] / times[1]:6.2f}", end="")
-        if memory:
-            print(
-                f" {memory[0]:6.2f} {memory[1]:6.2f} {memory[0] / memory[1]:6.2f}  {first[0]:.0f}, {first[1]:.0f}",
-                end="",
-            )
-        print(flush=True)
+        print(f" {memory[0]:6.2f} {memory[1]:6.2f} {memory[0] / memory[1]:6.2f}  {first[0]:.0f}, {first[1]:.0f}",
+              flush=True)  # fmt: skip
 
 
 def stability(device: torch.device, steps: int, batch: int) -> None:

@@ -243,7 +243,7 @@ def scan_2d_backward(
 
 
 def _sharers(blocks: int, parts: int) -> int:
-    """Threads that share a sum of ``parts``, a power of two: as fill 132 processors, 8 to 128, none idle."""
+    """Threads that share a sum of ``parts``: the power of two that fills 132 processors, 8 to 128, if parts suffice."""
     filling = max(8, 132 * 2048 // (8 * blocks))
     return min(1 << filling.bit_length() - 1, 128, 1 << (parts - 1).bit_length())
 

@@ -80,6 +80,15 @@ def test_wrong_option(make, monkeypatch):
         make().get_dataloaders()
 
 
+def test_who_seeds_numpy_and_torch_gets_the_same_batches(make):
+    batches = []
+    for _ in range(2):
+        trainer = make()  # seeds both
+        trainer.augment_on_device = True
+        batches.append(next(trainer.get_dataloaders()[0])["data"])
+    assert torch.equal(*batches)
+
+
 def test_untranslatable(make, monkeypatch):
     trainer = make(WithUnknownTransform)
     trainer.augment_on_device = True

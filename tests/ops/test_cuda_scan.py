@@ -177,8 +177,8 @@ def test_2d_half_precision_input_is_computed_in_float32(kind):
 def test_2d_extreme_decays_and_steps():
     inputs = maps(1, 2, 20, 4, 1, 4)
     inputs["A"][::3] = -1e3
-    inputs["dt_projs_bias"][0] = 50.0
-    inputs["dt_projs_bias"][1] = -50.0
+    inputs["dt_projs_bias"][::2] = 50.0  # also in reverse, where positions that do not exist come first
+    inputs["dt_projs_bias"][1::2] = -50.0
     check_2d(inputs)
 
 

@@ -130,7 +130,8 @@ struct PathStates {
     __device__ __forceinline__ PathStates(float* kept, const Map& map, int path, const PathLane& lane) {
         const int r = (lane.channel ^ lane.part) & 1, thread = 4 * lane.group + lane.part;
         of_path = kept;
-        if (kept) of_path += ((long long)path * map.spans * runs(map) * CHANNELS + r) * THREADS * STATES + thread * STATES;
+        if (kept)
+            of_path += (((long long)path * map.spans * runs(map) * CHANNELS + r) * THREADS + thread) * STATES;
         to = of_path;
         chunk = sub = 0;
         chunks = map.spans * SEGMENTS;

@@ -22,15 +22,13 @@ __device__ __forceinline__ void multiply(float (&c)[4], const float (&a)[4], con
 // What tf32 leaves of x.
 __device__ __forceinline__ float rest(float x) { return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 
-// How a lane's places in a tile are dealt to rows in memory. The tensor cores give lane l rows l / 4 and l / 4 + 8, and k =
-// l % 4 and l % 4 + 4. Here rows are spread(l / 4) and eight more: what half a warp touches of rows ROW floats apart then
-// lies in different banks. So it does of k that are ROW apart, if a lane has two adjacent ones ("pairs"); both operands
-// of a product must have k dealt alike.
-__device__ __forceinline__ int spread(int i) { return 2 * i % 8 + i / 4; }
-
+// How a lane's places in a tile are dealt to rows in memory. The tensor cores give lane l rows l / 4 and l / 4 + 8, and
+// k = l % 4 and l % 4 + 4. Here of eight rows the even ones come first: what half a warp touches of rows ROW floats
+// apart then lies in different banks. So it does of k that are ROW apart, if a lane has two adjacent ones ("pairs");
+// both operands of a product must have k dealt alike.
 __device__ __forceinline__ int lane_column() { return threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int lane_k() { return threadIdx.x % 4; }
-__device__ __forceinline__ int tile_row() { return spread(lane_column()); }
+__device__ __forceinline__ int tile_row() { return 2 * lane_column() % 8 + lane_column() / 4; }
 
 // A lane's part of A, of 16 rows m or, where the others are 0, 8.
 template <bool IS_EXACT>
@@ -67,11 +65,11 @@ struct Right {
     static constexpr bool EXACT = IS_EXACT;
     float high[2], low[2];
 
-    // Columns ``stride`` apart, dealt as rows are: of C, columns spread(n); k side by side.
+    // Columns ``stride`` apart, k side by side.
     static __device__ __forceinline__ Right along(const float* at, int stride) {
-        return Right(at + tile_row() * stride + lane_k(), 4);
+        return Right(at + lane_column() * stride + lane_k(), 4);
     }
-    // Columns ``stride`` apart, k side by side, in pairs.
+    // The same with k in pairs.
     static __device__ __forceinline__ Right pairs(const float* at, int stride) {
         return Right(at + lane_column() * stride + 2 * lane_k(), 1);
     }

@@ -17,8 +17,8 @@ constexpr int RANK = 8;         // of dt at most
 constexpr int WEIGHT = D == 8 ? 8 : D + 8, LIFT_ROW = RANK + 4;
 // Sub-blocks walked back from one kept state: states of two cost half the memory, and a projection and a walk more.
 constexpr int RUN = D == 8 ? 1 : 2;
-// Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are channels,
-// which in a product of sixteen rows cost nothing. What is projected is then the pre-activation of delta.
+// Few channels: dt_projs_weight is multiplied into x_proj_weight, whose rows of dt become as many as there are
+// channels, one or two eights of a product. What is projected is then the pre-activation of delta.
 constexpr bool LIFTED = D <= 16;
 constexpr int DT_ROWS = LIFTED ? D : RANK;
 // The weights: rows of dt, of B and of C; dt_projs_weight as (D, LIFT_ROW) where it is apart; Ds.
@@ -177,7 +177,8 @@ struct LoadedMap {
 };
 
 // Four weights of a direction's row among those in shared memory, from channel c.
-__device__ __forceinline__ Four read_weights(const float* x_proj, const float* dt_projs, const Map& map, int row, int c) {
+__device__ __forceinline__ Four read_weights(const float* x_proj, const float* dt_projs, const Map& map, int row,
+                                             int c) {
     const auto of = [&](int source) {
         Four v = {};
         if (WHOLE) return read4(x_proj + source * D + c);
@@ -227,9 +228,10 @@ __device__ __forceinline__ void stage_weights(const float* x_proj, const float* 
         if (index < QUADS) write4(weights + index * 4 / D * WEIGHT + index * 4 % D, quads[first / COUNT]);
     }
 #pragma unroll
-    for (int first = 0; first < LIFTS; first += COUNT)
-        if (first + threadIdx.x < LIFTS)
-            weights[LIFT + (first + threadIdx.x) / RANK * LIFT_ROW + (first + threadIdx.x) % RANK] = lifts[first / COUNT];
+    for (int first = 0; first < LIFTS; first += COUNT) {
+        const int index = first + threadIdx.x;
+        if (index < LIFTS) weights[LIFT + index / RANK * LIFT_ROW + index % RANK] = lifts[first / COUNT];
+    }
 }
 
 // The rows of a warp's segments, and which of the warps that share them it is.
@@ -257,9 +259,10 @@ struct Bias {
     }
 };
 
-// From rows of u those of delta (dt where that is apart), of B (unless C alone is wanted), C (unless B alone is) and, for
-// the forward walk, w = delta u: a product of a segment's positions by channels and channels by rows, whose eights are
-// shared out among a group's warps. Where nothing exists u is 0, and so is what follows from it, whatever delta is.
+// From rows of u those of delta (dt where that is apart), of B (unless C alone is wanted), C (unless B alone is) and,
+// for the forward walk, w = delta u: a product of a segment's positions by channels and channels by rows, whose eights
+// are shared out among a group's warps. Where nothing exists delta is what it is, but u and dy are 0, and so is every
+// product with them: w, B, C, and all gradients.
 template <bool WITH_B, bool WITH_C>
 __device__ __forceinline__ void project(const Bias& bias, float* shared, const float* weights, int rows) {
     constexpr int TILES = (DT_ROWS + (WITH_B + WITH_C) * N) / 8, OWN = (TILES + GROUP_WARPS - 1) / GROUP_WARPS;
@@ -418,7 +421,6 @@ __device__ __forceinline__ void summarise(float* shared, const Input* x, const f
     stage_weights(x_proj, dt_projs, nullptr, map, where.direction, weights);
     __syncthreads();
     for (int i = 0; i < map.subs; ++i) {
-        const int sub = ADJOINT ? map.subs - 1 - i : i;
         in.place(share, shared, ROWS, U);
         if (ADJOINT) out.place(share, shared, ROWS, W);
         if (i + 1 < map.subs) {
@@ -515,7 +517,7 @@ struct WeightSums {
 };
 
 // What follows a sub-block's walk back: gradients of dt, of x and of the weights from those of delta, w, B and C.
-__device__ __forceinline__ void products_back(const Map& map, const float* weights, float* shared, WeightSums& sums) {
+__device__ __forceinline__ void products_back(const float* weights, float* shared, WeightSums& sums) {
     const int own = warp_of_group() * COLUMN_TILES * 8;  // of the channels
     shared = of_warp(shared, BACKWARD_ROWS);
     if (!LIFTED && warp_of_group() == 0) {  // ddt = ddelta dt_projs_weight, by positions
@@ -534,7 +536,8 @@ __device__ __forceinline__ void products_back(const Map& map, const float* weigh
     for (int k = 0; k < 2 * N + DT_ROWS; k += 8) {
         const int from = k < 2 * N ? DT_ROWS + k : k - 2 * N, row = k < 2 * N ? B_ROW + k : DDT + k - 2 * N;
         Right<false> by[COLUMN_TILES];
-        for (int n = 0; n < COLUMN_TILES; ++n) by[n] = Right<false>::across(weights + from * WEIGHT + own + n * 8, WEIGHT);
+        for (int n = 0; n < COLUMN_TILES; ++n)
+            by[n] = Right<false>::across(weights + from * WEIGHT + own + n * 8, WEIGHT);
         for (int s = 0; s < GROUP_SEGMENTS; ++s) {
             const auto a = Left<false>::across(shared + s * segment_floats(BACKWARD_ROWS) + row * ROW, ROW);
             for (int n = 0; n < COLUMN_TILES; ++n) multiply(dx[s][n], rests[s][n], a, by[n]);
@@ -583,8 +586,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, D == 8 ? 3 : 1)
     float* weights = shared + SEGMENTS * segment_floats(BACKWARD_ROWS);
     float* before = weights + WEIGHT_FLOATS + threadIdx.x * STATES;  // states every STEPS positions of a run
     float* rows = shared + lane.segment * segment_floats(BACKWARD_ROWS);
-    const int part = threadIdx.x % GROUP / 32;
-    float* dm = rows + (IN_PLACE ? B_ROW : SUMS + part * 2 * N) * ROW;
+    float* dm = rows + (IN_PLACE ? B_ROW : SUMS + warp_of_group() * 2 * N) * ROW;
     x += where.offset(map);
     dy += where.offset(map);
     dx += where.own_offset(map);
@@ -609,7 +611,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, D == 8 ? 3 : 1)
         const int count = min(RUN, map.subs - RUN * run), second = count == 2 && step == 1;
         const bool forth = RUN == 1 || step < count, back = RUN == 1 || step >= count - 1;
         const bool last = RUN == 1 || step == 2 * count - 2;
-        const int sub = RUN * run + second;
         float* entered = before + second * (SUB / STEPS) * CHANNELS * THREADS * STATES;
         if (RUN == 1 || step == 0)
             for (int r = 0; r < CHANNELS; ++r) {
@@ -672,9 +673,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, D == 8 ? 3 : 1)
             write4(cell + DELTA * ROW, direct);
         }
         if (!IN_PLACE) {
-            const Share own;
             for (int i = 0; i < STATE_ROWS; ++i) {
-                if (own.row + i * PASS >= N) continue;
+                if (mine.share.row + i * PASS >= N) continue;
                 for (int m = 0; m < 2; ++m) {
                     float* cell = shared + mine.cell + (m * N + i * PASS) * ROW;
                     Four sum = {};
@@ -692,7 +692,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, D == 8 ? 3 : 1)
         in.read(x, share, path, cursor, map.d);
         if (RUN == 1 || !last) out.read(dy, share, path, cursor, map.d);
         group_sync();
-        products_back(map, weights, shared, sums);
+        products_back(weights, shared, sums);
         group_sync();
         for (int i = 0; i < 2; ++i) {
             const int channel = share.channel[i];
@@ -714,23 +714,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, D == 8 ? 3 : 1)
     // The block's sums, by way of the shared rows.
     __syncthreads();
     const long long partial = ((long long)where.batch * map.spans + where.span) * 4 + where.direction;
-    const int group = threadIdx.x / GROUP, warp = threadIdx.x % GROUP / 32;
+    const int group = threadIdx.x / GROUP, warp = warp_of_group();
     constexpr int GROUPS = THREADS / GROUP, PROJECTIONS = (2 * N + DT_ROWS) * D;
     constexpr int PER_GROUP = PROJECTIONS + (LIFTED ? 0 : D * RANK);
     float* own = shared + group * PER_GROUP;
     for (int n = 0; n < COLUMN_TILES; ++n)
         for (int m = 0; m < 3; ++m)
             each_pair(sums.rows[m][n], [&](int row, int c, float a, float b) {
-                if (m == 2 && row >= DT_ROWS) return;
-                float* to = own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8;
-                to[spread(c)] = a;
-                to[spread(c + 1)] = b;
+                if (m < 2 || row < DT_ROWS) write2(own + (m * N + row) * D + (warp * COLUMN_TILES + n) * 8 + c, a, b);
             });
     if (!LIFTED)
         each_pair(sums.lift, [&](int c, int r, float a, float b) {
-            float* to = own + PROJECTIONS + (warp * 16 + c) * RANK;
-            to[spread(r)] = a;
-            to[spread(r + 1)] = b;
+            write2(own + PROJECTIONS + (warp * 16 + c) * RANK + r, a, b);
         });
     __syncthreads();
     for (int index = threadIdx.x; index < PER_GROUP; index += THREADS) {

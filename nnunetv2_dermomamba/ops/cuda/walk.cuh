@@ -273,8 +273,8 @@ __device__ __forceinline__ void walk_back(const Lane& lane, const float* delta, 
 //
 // state: (batch, chunks, rows, N); total, sums of step sizes: (batch, chunks, rows); A: (directions, rows, states), a
 // sequence's being that of its number modulo ``directions``.
-// A block has 32 states of rows. Each of its warps has AHEAD chunks of a round, all loaded at once; what enters its first
-// follows from what the warps before it hand on.
+// A block has 32 states of rows. Each of its warps has AHEAD chunks of a round, all loaded at once; what enters its
+// first follows from what the warps before it hand on.
 extern "C" __global__ void __launch_bounds__(512)
     combine(float* state, const float* total, const float* A, int rows, int chunks, int states, int directions,
             int reversed, int count) {
