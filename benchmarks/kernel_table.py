@@ -1,8 +1,8 @@
-"""Which GPU kernels take the time? ``python benchmarks/kernel_table.py [--inference] [--batch 64] [--eager]``.
+"""Which GPU kernels take the time? ``python benchmarks/kernel_table.py [--unet] [--inference] [--batch 64] [--eager]``.
 
-One DermoMamba training step, or one inference, at 3 x 192 x 256 under fp16 autocast: its median time, its kernels'
-summed time and the longest of them, as PyTorch's profiler sees them. Without ``--eager`` the network is compiled, which
-takes minutes at the first call; the time of that call is printed, too.
+One training step of a network, or one inference, at 3 x 192 x 256 under fp16 autocast: its median time, the process's
+peak memory, the kernels' summed time and the longest of them, as PyTorch's profiler sees them. Without ``--eager`` the
+network is compiled, which takes minutes at the first call; the time of that call is printed, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from contenders import dermomamba, dermomamba_step, lesion_batch, median_ms, provenance
+from contenders import (
+    dermomamba,
+    dermomamba_step,
+    lesion_batch,
+    median_ms,
+    plain_conv_unet,
+    provenance,
+    unet_step,
+)
 from inference import forward
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,6 +46,7 @@ def kernels(step: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", action="store_true", help="nnU-Net's PlainConvUNet instead of DermoMamba")
     parser.add_argument("--inference", action="store_true", help="instead of a training step")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="do not compile")
@@ -48,11 +57,12 @@ def main() -> None:
     device = torch.device("cuda")
     print(provenance(device))
     if arguments.inference:
-        network = dermomamba().to(device).eval()
+        network = (plain_conv_unet(deep_supervision=False) if arguments.unet else dermomamba()).to(device).eval()
         network = network if arguments.eager else torch.compile(network, mode="reduce-overhead")
         step = forward(network, lesion_batch(arguments.batch, device)[0])
     else:
-        step = dermomamba_step(arguments.batch, device, not arguments.eager)
+        build = unet_step if arguments.unet else dermomamba_step
+        step = build(arguments.batch, device, not arguments.eager)
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
