@@ -97,13 +97,9 @@ def run(kind: DatasetKind, arguments: Sequence[str] | None, default_source: Path
 
 
 def _convert(kind: DatasetKind, options: argparse.Namespace) -> None:
-    name = f"Dataset{options.dataset_id:03d}_{kind.description.name}"
-    folder = _environment_folder("nnUNet_raw") / name
-    for other in folder.parent.glob(f"Dataset{options.dataset_id:03d}_*"):
-        if other.name != name:
-            raise ConversionError(f"number {options.dataset_id} is taken by {str(other)!r}; give another --dataset-id.")
+    folder = _dataset_folder(kind, options.dataset_id)
     wants_split = kind.has_paper_split and options.paper_split
-    preprocessed = _environment_folder("nnUNet_preprocessed") / name if wants_split else None
+    preprocessed = _environment_folder("nnUNet_preprocessed") / folder.name if wants_split else None
     source = Path(os.path.abspath(options.source))
     if kind.archives and options.download:
         from nnunetv2_dermomamba.conversion.download import download_archives
@@ -129,13 +125,27 @@ def _convert(kind: DatasetKind, options: argparse.Namespace) -> None:
     print(f"Data set: {folder}")
     if problems:
         print(f"Left out as bad: {len(problems)}, listed in {folder / SKIPPED_FILE}")
+    _tell_what_is_next(folder, options.dataset_id)
+
+
+def _dataset_folder(kind: DatasetKind, number: int) -> Path:
+    """Where the data set goes, unless another one has its number."""
+    name = f"Dataset{number:03d}_{kind.description.name}"
+    folder = _environment_folder("nnUNet_raw") / name
+    for other in folder.parent.glob(f"Dataset{number:03d}_*"):
+        if other.name != name:
+            raise ConversionError(f"number {number} is taken by {str(other)!r}; give another --dataset-id.")
+    return folder
+
+
+def _tell_what_is_next(folder: Path, number: int) -> None:
     training = json.loads((folder / "dataset.json").read_text())["numTraining"]
     if training < FOLDS:
         print(
             f"Note: nnU-Net's {FOLDS} folds need {FOLDS} training cases, and here are {training}: add images, or train "
-            f"on all, without validation: nnUNetv2_train {options.dataset_id} 2d all"
+            f"on all, without validation: nnUNetv2_train {number} 2d all"
         )
-    print(f"Next: nnUNetv2_plan_and_preprocess -d {options.dataset_id} -c 2d --verify_dataset_integrity")
+    print(f"Next: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
 
 
 def _environment_folder(variable: str) -> Path:
