@@ -29,6 +29,15 @@ def test_help_names_the_default_source_in_the_repository(script, tmp_path):
     )
 
 
+@pytest.mark.parametrize("script", ["isic2018", "ph2"])
+def test_without_the_package_it_is_said_how_to_install_it(script):
+    command = [sys.executable, "-S", str(SCRIPTS / f"{script}.py")]  # without site-packages
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"pip install {SCRIPTS.parent}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.fixture
 def nnunet_environment(tmp_path):
     return {**os.environ, "nnUNet_raw": str(tmp_path / "raw")}
