@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 try:
     from nnunetv2_dermomamba.conversion.isic2018 import main
 except ModuleNotFoundError as error:
-    folder = Path(__file__).resolve().parents[1]
-    sys.exit(f"Error: {error} in {sys.executable}. Install the package there first: pip install {folder}")
+    sys.exit(f"Error: {error} in {sys.executable}. Install the package there first: pip install {REPOSITORY}")
 
 if __name__ == "__main__":
-    sys.exit(main(default_source=Path(__file__).resolve().parents[1] / "data" / "ISIC2018"))
+    sys.exit(main(default_source=REPOSITORY / "data" / "ISIC2018"))

@@ -125,31 +125,28 @@ __device__ __forceinline__ void walk_path(const PathLane& lane, float* rows, con
 // Where a path is among the chunks of the backward pass, and where its states belong that those start from.
 struct PathStates {
     float *of_path, *to;  // null where none are kept, or no more
-    int chunk, chunks, sub, subs;
+    int chunk, sub;
 
     __device__ __forceinline__ PathStates(float* kept, const Map& map, int path, const PathLane& lane) {
         const int r = (lane.channel ^ lane.part) & 1, thread = 4 * lane.group + lane.part;
         of_path = kept;
         if (kept)
-            of_path += (((long long)path * map.spans * runs(map) * CHANNELS + r) * THREADS + thread) * STATES;
+            of_path += (((long long)path * map.spans * runs_of(map) * CHANNELS + r) * THREADS + thread) * STATES;
         to = of_path;
         chunk = sub = 0;
-        chunks = map.spans * SEGMENTS;
-        subs = map.subs;
     }
-    static __device__ __forceinline__ int runs(const Map& map) { return (map.subs + RUN - 1) / RUN; }
 
     __device__ __forceinline__ void keep(const Map& map, const PathLane& lane, const PathTile& h) {
         if (to && sub % RUN == 0) {
             for (int j = 0; j < PATH_STATES; ++j) to[lane.slot[j]] = h[j];
             to += CHANNELS * THREADS * STATES;
         }
-        if (++sub == subs) {
+        if (++sub == map.subs) {
             sub = 0;
             ++chunk;
             to = nullptr;
-            if (of_path && chunk < chunks)
-                to = of_path + ((long long)(chunk / SEGMENTS) * runs(map) * CHANNELS * THREADS +
+            if (of_path && chunk < map.spans * SEGMENTS)
+                to = of_path + ((long long)(chunk / SEGMENTS) * runs_of(map) * CHANNELS * THREADS +
                                 chunk % SEGMENTS * THREADS_A_SEGMENT) * STATES;
         }
     }

@@ -455,11 +455,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     summarise<true>(shared, x, dy, x_proj, dt_projs, bias, A, state, total, map);
 }
 
-// What the backward pass starts from: a thread's states before every run of RUN sub-blocks, as (batch, 4, spans, runs,
-// CHANNELS, THREADS, STATES).
+// Runs of RUN sub-blocks a chunk.
+__device__ __forceinline__ int runs_of(const Map& map) { return (map.subs + RUN - 1) / RUN; }
+
+// What the backward pass starts from: a thread's states before every run, as (batch, 4, spans, runs, CHANNELS, THREADS,
+// STATES).
 __device__ __forceinline__ long long kept_at(const Map& map, const Where& where, int run, int r) {
-    const int runs = (map.subs + RUN - 1) / RUN;
-    return (((where.number * runs + run) * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
+    return (((where.number * runs_of(map) + run) * CHANNELS + r) * THREADS + threadIdx.x) * STATES;
 }
 
 // y of each direction: (4, batch, height, width, d). Without ``kept``, no states are.
