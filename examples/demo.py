@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.isic2018 import find_isic2018
+from nnunetv2_dermomamba.conversion.pairing import Case
+from nnunetv2_dermomamba.evaluation.metrics import confusion, overlap_metrics
 from nnunetv2_dermomamba.synthetic import write_isic2018_layout
 
 matplotlib.use("Agg")
@@ -33,6 +35,8 @@ DATASET, TRAINER = "Dataset118_ISIC2018", "nnUNetTrainerDermoMamba_demo"
 TRAINING, HELD_OUT = 40, 8
 FOLDS = 5  # of nnU-Net's cross-validation: as many training pairs at least
 SEED = 118
+MARKER = ".dermomamba_demo"  # only a folder with this file in it is emptied
+REMADE = ("source", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions")  # by each run
 SIZE = "96x128"  # a quarter of the default's pixels: two CPU cores train on it in two minutes
 
 
@@ -43,16 +47,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where to work (default: demo/)")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    for part in ("source", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    pairs = None if arguments.source is None else real_pairs(arguments.source, folder)
+    empty_folder(folder)
 
     start = time.monotonic()
     source = folder / "source"
-    if arguments.source is None:
+    if pairs is None:
         write_isic2018_layout(source, TRAINING, HELD_OUT, seed=SEED)
     else:
-        sample_real_pairs(arguments.source, source)
+        link_sample(pairs, source)
     environment = demo_environment(folder)
     images, truth = (folder / "nnUNet_raw" / DATASET / name for name in ("imagesTs", "labelsTs"))
     predictions = folder / "predictions"
@@ -98,14 +101,34 @@ def demo_environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **environment, **workers, "PATH": commands}
 
 
-def sample_real_pairs(archive: Path, source: Path) -> None:
-    """Link a seeded sample of real training pairs into an official layout, some of them as the test set."""
+def real_pairs(archive: Path, folder: Path) -> list[Case]:
+    """Real training pairs, enough of them and none where the demo's folder is emptied."""
     try:
         pairs = [case for case in find_isic2018(archive).cases if case.mask is not None]
     except ConversionError as error:
         sys.exit(str(error))
     if len(pairs) < HELD_OUT + FOLDS:
         sys.exit(f"{archive}: {len(pairs)} image-mask pairs are too few for the demo, which needs {HELD_OUT + FOLDS}")
+    remade = [folder / part for part in REMADE]
+    for parent in {path.parent.resolve() for case in pairs for path in (case.image, case.mask)}:
+        if any(parent.is_relative_to(part) for part in remade):
+            sys.exit(f"{parent} holds the source and would be emptied; give another --folder, or another --source")
+    return pairs
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove what an earlier demo left in its folder; a folder of anything else is refused."""
+    marker = folder / MARKER
+    if folder.exists() and not marker.exists() and (folder.is_file() or any(folder.iterdir())):
+        sys.exit(f"{folder} holds something else than a demo; give a new or empty --folder (an old demo: remove it)")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    for part in REMADE:
+        shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def link_sample(pairs: list[Case], source: Path) -> None:
+    """Link a seeded sample of real training pairs into an official layout, some of them as the test set."""
     chosen = random.Random(SEED).sample(pairs, min(len(pairs), TRAINING + HELD_OUT))
     for subset, cases in (("Test", chosen[:HELD_OUT]), ("Training", chosen[HELD_OUT:])):
         for kind, paths in (("1-2_{}_Input", [c.image for c in cases]), ("1_{}_GroundTruth", [c.mask for c in cases])):
@@ -133,8 +156,8 @@ def cases_of(predictions: Path) -> list[str]:
 
 def dice(prediction: Path, truth: Path) -> float:
     """Dice of two label images."""
-    a, b = (np.asarray(Image.open(path)) > 0 for path in (prediction, truth))
-    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+    masks = (np.asarray(Image.open(path)) > 0 for path in (prediction, truth))
+    return overlap_metrics(confusion(*masks))["dice"]
 
 
 def draw_overlays(images: Path, truth: Path, predictions: Path, scores: dict[str, float], file: Path) -> None:
