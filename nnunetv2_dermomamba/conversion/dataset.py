@@ -26,12 +26,8 @@ from tqdm import tqdm
 from nnunetv2_dermomamba.conversion.case import convert_case, output_files
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.pairing import Case, Inventory, Problem
+from nnunetv2_dermomamba.folder_lock import locked
 from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock; two conversions at once are the user's affair there
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["CHANNEL_NAMES", "CONVERSION_KEY", "Description", "Options", "available_cores", "convert_dataset"]
 
@@ -113,7 +109,7 @@ def convert_dataset(
     if os.path.lexists(folder) and not options.overwrite:
         raise ConversionError(f"{str(folder)!r} exists. Give --overwrite to replace it, or another --dataset-id.")
     partial.mkdir(exist_ok=True)
-    with _locked(partial):
+    with locked(partial, ConversionError(f"another conversion is at work in {str(partial)!r}")):
         staging = partial / "dataset"
         records, problems = _convert_cases(inventory, partial, options)
         problems = sorted(inventory.problems + problems, key=lambda problem: problem.case_id)
@@ -269,22 +265,6 @@ def _say_what_was_stretched(records: list[dict]) -> None:
 
 def _fingerprints(case: Case) -> list[list]:
     return [fingerprint(file) for file in (case.image, case.mask) if file is not None]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConversionError(f"another conversion is at work in {str(folder)!r}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict) -> None:

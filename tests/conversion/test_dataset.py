@@ -16,6 +16,7 @@ from PIL import Image
 from nnunetv2_dermomamba.conversion import case, dataset
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.isic2018 import DESCRIPTION, find_isic2018, main
+from nnunetv2_dermomamba.folder_lock import locked
 
 NAME = "Dataset118_ISIC2018"
 
@@ -185,7 +186,7 @@ def test_two_conversions_at_once(isic, raw, capsys):
     isic.add("a")
     partial = raw / f".{NAME}.partial"
     partial.mkdir(parents=True)
-    with dataset._locked(partial):
+    with locked(partial, AssertionError()):
         assert convert(isic) == 1
     assert "another conversion" in capsys.readouterr().err
     assert convert(isic) == 0
