@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".dcm", ".dicom")
-LIST_SUFFIXES = (".txt", ".lst", ".list")
+LIST_SUFFIX = ".txt"
 
 # What a run writes beside the masks.
 CSV_FILE = "predictions.csv"
@@ -67,7 +67,7 @@ def find_photos(source: str | Path, output: Path) -> list[Photo]:
     Args:
         source: A file; a folder, searched recursively; a glob; or a ``.txt`` file with a path on each line (relative
             ones to its own folder), or with paths that end in zero bytes.
-        output: Folder for the results; if it lies in the source folder, it is not searched.
+        output: Folder for the results; if it lies in the source folder, or where a glob looks, it is not searched.
 
     Returns:
         The photographs, sorted. Each is named by its path below the folder, without suffix; photographs that would get
@@ -87,18 +87,37 @@ def _files(source: str, output: Path) -> tuple[Path, list[Path]]:
     path = Path(source)
     if path.is_dir():
         if os.path.realpath(path) == os.path.realpath(output):
-            raise InputError(f"{str(output)!r} holds the photographs; give another folder for the masks")
+            raise _among_photographs(output)
         return path, list(_search(path, os.path.realpath(output)))
-    if path.suffix.lower() in LIST_SUFFIXES and path.is_file():
+    if path.suffix.lower() == LIST_SUFFIX and path.is_file():
         files = [Path(os.path.abspath(path)).parent / line for line in _lines(path)]
         return _common_folder(files), files
     if os.path.lexists(path):
         return path.parent, [path]
     if glob.has_magic(source):
-        found = [Path(file) for file in glob.glob(source, recursive=True)]
         fixed = Path(*_until_magic(path.parent.parts))
-        return fixed, [file for file in found if file.is_file() and _is_photo(file)]
+        return fixed, _matching(source, fixed, output)
     raise InputError(f"{source!r} does not exist")
+
+
+def _among_photographs(output: Path) -> InputError:
+    return InputError(f"{str(output)!r} holds the photographs; give another folder for the masks")
+
+
+def _matching(pattern: str, fixed: Path, output: Path) -> list[Path]:
+    """Photographs that a glob names, less those in an output folder at or below its fixed part."""
+    found = [Path(file) for file in glob.glob(pattern, recursive=True)]
+    found = [file for file in found if file.is_file() and _is_photo(file)]
+    if os.path.realpath(fixed) != os.path.realpath(output) and _lies_in(fixed, output):
+        return found
+    kept = [file for file in found if not _lies_in(file.parent, output)]
+    if found and not kept:
+        raise _among_photographs(output)
+    return kept
+
+
+def _lies_in(folder: Path, other: Path) -> bool:
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other))
 
 
 def _until_magic(parts: tuple[str, ...]) -> list[str]:

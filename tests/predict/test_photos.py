@@ -67,6 +67,26 @@ def test_a_glob_keeps_the_folders_below_its_fixed_part(tmp_path):
     assert named(photos, tmp_path) == {"p1/a.jpg": "p1/a", "p2/a.jpg": "p2/a"}
 
 
+@pytest.mark.parametrize("pattern", ["**/*.*", "**", "[a-z]*/*.*"])
+def test_a_glob_passes_over_the_results_of_earlier_runs(tmp_path, pattern):
+    touch(tmp_path, "ph/a.jpg", "ph/b/c.jpg", "ph/out/a_mask.png", "ph/out/b/c_mask.png")
+    os.symlink(tmp_path / "ph" / "out", tmp_path / "ph" / "link")
+    found = {photo.path.name for photo in find_photos(f"{tmp_path}/ph/{pattern}", tmp_path / "ph" / "link")}
+    assert found == {"c.jpg"} if pattern.startswith("[") else {"a.jpg", "c.jpg"}
+
+
+@pytest.mark.parametrize("pattern", ["ph/*.jpg", "ph/**/*.*", "p[h]/*.jpg"])
+def test_the_folder_of_a_globs_photographs_is_refused_for_results(tmp_path, pattern):
+    touch(tmp_path, "ph/a.jpg")
+    with pytest.raises(InputError, match="holds the photographs"):
+        find_photos(f"{tmp_path}/{pattern}", tmp_path / "ph")
+
+
+def test_a_glob_may_look_within_the_output_folder_when_it_is_told_to(tmp_path):
+    touch(tmp_path, "photos/a.jpg")
+    assert named(find_photos(f"{tmp_path}/photos/*.jpg", tmp_path), tmp_path) == {"photos/a.jpg": "a"}
+
+
 @pytest.mark.parametrize(("separator", "encoding"), [("\n", "utf-8"), ("\r\n", "utf-8-sig"), ("\0", "utf-8")])
 def test_a_list_names_files(tmp_path, separator, encoding):
     touch(tmp_path, "p1/a.jpg", "p2/a b.jpg")
@@ -74,6 +94,12 @@ def test_a_list_names_files(tmp_path, separator, encoding):
     (tmp_path / "list.txt").write_bytes(separator.join(listed).encode(encoding))
     photos = find_photos(tmp_path / "list.txt", tmp_path / "out")
     assert [photo.name for photo in photos] == ["p1/a", "p2/a b", "p2/missing"]
+
+
+def test_only_txt_is_a_list(tmp_path):
+    (tmp_path / "photos.lst").write_text("a.jpg\n")
+    touch(tmp_path, "a.jpg")
+    assert [photo.path.name for photo in find_photos(tmp_path / "photos.lst", tmp_path / "out")] == ["photos.lst"]
 
 
 def test_one_file(tmp_path):
