@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,8 +17,10 @@ from PIL import Image
 
 from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.files import remove_unfinished, write_file
-from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
+from nnunetv2_dermomamba.folder_lock import locked
+from nnunetv2_dermomamba.journal import Journal, fingerprint
 from nnunetv2_dermomamba.png import write_png
+from nnunetv2_dermomamba.predict.earlier import earlier_entries, remove_results, take_up
 from nnunetv2_dermomamba.predict.measurements import measure, write_csv
 from nnunetv2_dermomamba.predict.outputs import Outputs
 from nnunetv2_dermomamba.predict.overlay import write_overlay
@@ -82,70 +83,34 @@ def predict_photos(
         How it went; ``failed.txt`` in the output folder lists the photographs that have no result.
 
     Raises:
-        InputError: Results would overwrite photographs, or those to resume were made by another model or otherwise.
+        InputError: Results would overwrite photographs or other files that are no results, those to resume were made
+            by another model or otherwise, or another run is at work in the output folder.
         OSError: Something cannot be written; what is complete stays, and `resume` goes on from there.
     """
-    _check_targets(photos, outputs, predictor)
     settings = {"model": predictor.model.fingerprint, "checkpoint": predictor.model.checkpoint, **(settings or {})}
-    outputs.folder.mkdir(parents=True, exist_ok=True)
-    entries = {}
-    if resume:
-        entries = _resumable(outputs.folder / JOURNAL_FILE, settings)
-        remove_unfinished({outputs.folder, *(outputs.mask(photo.name).parent for photo in photos)})
-    report = Report()
-    todo = []
-    for photo in photos:
-        if _is_done(photo, entries.get(photo.name), outputs, predictor):
-            report.skipped += 1
-        else:
-            todo.append(photo)
-            entries.pop(photo.name, None)  # what was made of the file as it was
-    progress(report.skipped)
-    with closing(Journal(outputs.folder / JOURNAL_FILE, settings, entries)) as journal:
-        _stream(predictor, todo, outputs, journal, report, progress)
-    if table:
-        named = [journal.entries[photo.name] for photo in photos if photo.name in journal.entries]
-        write_csv([row for entry in named for row in entry["rows"]], outputs.folder / CSV_FILE)
-    failed = outputs.folder / FAILED_FILE
-    if report.failed:
-        text = "".join(f"{error}\n" for error in report.failed)
-        write_file(failed, text.encode("utf-8", "backslashreplace"))
-    else:
-        failed.unlink(missing_ok=True)
+    folder = outputs.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, InputError(f"another prediction is at work in {str(folder)!r}; wait, or give another folder")):
+        todo, entries = take_up(photos, earlier_entries(folder, settings, resume), outputs, predictor.classes)
+        if resume:
+            remove_unfinished({folder, *(outputs.mask(photo.name).parent for photo in photos)})
+        report = Report(skipped=len(photos) - len(todo))
+        progress(report.skipped)
+        with closing(Journal(folder / JOURNAL_FILE, settings, entries)) as journal:
+            _stream(predictor, todo, outputs, journal, report, progress)
+        if table:
+            named = [journal.entries[photo.name] for photo in photos]
+            write_csv([row for entry in named for row in entry.get("rows", [])], folder / CSV_FILE)
+        _list_failed(report, folder / FAILED_FILE)
     return report
 
 
-def _check_targets(photos: list[Photo], outputs: Outputs, predictor: Predictor) -> None:
-    sources = {os.path.realpath(photo.path) for photo in photos}
-    folder = os.path.realpath(outputs.folder)
-    for photo in photos:
-        for file in outputs.files(photo.name, predictor.classes):
-            target = os.path.join(folder, file.relative_to(outputs.folder))
-            if target in sources:
-                raise InputError(f"{str(file)!r} would overwrite a photograph; give another folder for the masks")
-
-
-def _resumable(path: Path, settings: dict) -> dict[str, dict]:
-    earlier = read_journal(path)
-    if earlier is None:
-        return {}
-    if earlier[0] != settings:
-        differing = ", ".join(key for key in settings if earlier[0].get(key) != settings[key]) or "version"
-        raise InputError(
-            f"the results in {str(path.parent)!r} were made with another {differing}; leave --resume away to make all "
-            "of them again, or give another folder"
-        )
-    return earlier[1]
-
-
-def _is_done(photo: Photo, entry: dict | None, outputs: Outputs, predictor: Predictor) -> bool:
-    if entry is None:
-        return False
-    try:
-        same = entry["fingerprint"] == fingerprint(photo.path)
-    except OSError:
-        return False
-    return same and all(file.is_file() for file in outputs.files(photo.name, predictor.classes))
+def _list_failed(report: Report, file: Path) -> None:
+    if report.failed:
+        text = "".join(f"{error}\n" for error in report.failed)
+        write_file(file, text.encode("utf-8", "backslashreplace"))
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _stream(
@@ -157,7 +122,7 @@ def _stream(
     progress: Callable[[int], None],
 ) -> None:
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
-        reads = _ahead(reader, predictor, photos, outputs)
+        reads = _ahead(reader, predictor, photos, outputs, journal)
         writes: deque[Future[None]] = deque()
 
         def finish_one() -> None:
@@ -191,19 +156,20 @@ def _stream(
 
 
 def _ahead(
-    reader: ThreadPoolExecutor, predictor: Predictor, photos: list[Photo], outputs: Outputs
+    reader: ThreadPoolExecutor, predictor: Predictor, photos: list[Photo], outputs: Outputs, journal: Journal
 ) -> Iterator[Future[_Read]]:
     """Each photograph in turn, the next ones being read in the meantime."""
     waiting: deque[Future[_Read]] = deque()
     for photo in photos:
-        waiting.append(reader.submit(_read, predictor, photo, outputs))
+        waiting.append(reader.submit(_read, predictor, photo, outputs, journal))
         if len(waiting) > AHEAD:
             yield waiting.popleft()
     yield from waiting
 
 
-def _read(predictor: Predictor, photo: Photo, outputs: Outputs) -> _Read:
+def _read(predictor: Predictor, photo: Photo, outputs: Outputs, journal: Journal) -> _Read:
     start = time.perf_counter()
+    remove_results(journal.entries[photo.name], outputs)  # should it fail now, no earlier mask may pass for its own
     if problem := outputs.name_problem(photo.name, predictor.classes):
         raise ImageReadError(photo.path, problem)
     try:
@@ -248,4 +214,5 @@ def _write(
         "seconds": round(seconds, 3),
     }
     rows = [{**origin, **figures} for figures in measure(rendered, classes)]
-    journal.add({"name": name, "fingerprint": read.fingerprint, "rows": rows})
+    files = sorted(file.name for file in outputs.files(name, classes))
+    journal.add({"name": name, "files": files, "fingerprint": read.fingerprint, "rows": rows})

@@ -15,6 +15,7 @@ from predict_helpers import photograph
 
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.evaluation.pairing import index_masks
+from nnunetv2_dermomamba.folder_lock import locked
 from nnunetv2_dermomamba.predict import cli
 from nnunetv2_dermomamba.predict.photos import JOURNAL_FILE
 
@@ -112,6 +113,83 @@ def test_resume_forgets_the_figures_of_a_photograph_that_fails_now(photos, unet,
     assert predict(photos, out, unet, "--csv", "--resume") == 1
     assert "a.png" in (out / "failed.txt").read_text(encoding="utf-8")
     assert "a.png" not in (out / "predictions.csv").read_text(encoding="utf-8")
+
+
+def test_a_photograph_that_fails_now_keeps_no_earlier_result(photos, regions, unet, tmp_path):
+    out = tmp_path / "out"
+    predict(photos, out, regions, "--overlay", "--probabilities")  # of two classes
+    assert {name for name in tree(out) if name.startswith("a.png_")} == {
+        "a.png_mask.png",
+        "a.png_overlay.jpg",
+        "a.png_probability_1.png",
+        "a.png_probability_2.png",
+    }
+    (photos / "a.png").write_bytes(b"damaged")
+    assert predict(photos, out, unet) == 1
+    assert {name for name in tree(out) if name.startswith("a.")} == {"a.jpg_mask.png"}
+
+
+def test_what_a_killed_run_did_not_reach_is_still_known_as_its_own(photos, unet, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    predict(photos, out, unet)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunetv2_dermomamba.predict.stream.render", kill)
+    assert predict(photos, out, unet) == 130
+    monkeypatch.undo()
+    assert predict(photos, out, unet, "--resume") == 0
+    assert len(list(out.rglob("*_mask.png"))) == 3
+
+
+def test_results_of_other_photographs_remain_replaceable(photos, unet, tmp_path):
+    out = tmp_path / "out"
+    for source in (photos / "a.jpg", photos / "sub dir" / "皮膚.webp", photos / "a.jpg"):
+        assert predict(source, out, unet) == 0
+    assert set(tree(out)) == {"a_mask.png", "皮膚_mask.png", JOURNAL_FILE}
+
+
+@pytest.mark.parametrize("source", ["a.jpg", "list.txt"])
+@pytest.mark.parametrize("there", ["a_mask.png", "a_overlay.jpg", "a_probability.png"])
+def test_files_that_are_no_results_are_not_replaced(photos, unet, tmp_path, capsys, source, there):
+    (photos / "list.txt").write_text("a.jpg\n")
+    (photos / there).write_text("drawn by hand")
+    before = tree(photos)
+    assert predict(photos / source, photos, unet, "--overlay", "--probabilities", "--resume") == 2
+    assert f"{there}' exists and is no result of an earlier run" in capsys.readouterr().err
+    assert tree(photos) == before
+
+
+@pytest.mark.parametrize("there", ["failed.txt", "predictions.csv"])
+def test_a_table_or_list_that_is_not_the_runs_is_not_replaced(photos, unet, tmp_path, capsys, there):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / there).write_text("mine")
+    assert predict(photos, out, unet, "--csv") == 2
+    assert f"{there}' exists" in capsys.readouterr().err
+    assert tree(out) == {there: b"mine"}
+
+
+def test_an_earlier_result_that_is_a_photograph_now_is_not_removed(photos, unet, capsys):
+    listed = photos / "list.txt"
+    listed.write_text("a.jpg\n")
+    assert predict(listed, photos, unet, "--overlay") == 0
+    listed.write_text("a.jpg\na_overlay.jpg\n")
+    before = tree(photos)
+    assert predict(listed, photos, unet) == 2
+    assert "would overwrite a photograph" in capsys.readouterr().err
+    assert tree(photos) == before
+
+
+def test_one_run_at_a_time_in_an_output_folder(photos, unet, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out, AssertionError()):
+        assert predict(photos, out, unet) == 2
+    assert f"another prediction is at work in {str(out)!r}" in capsys.readouterr().err
+    assert tree(out) == {}
+    assert predict(photos, out, unet) == 0
 
 
 def test_results_of_another_model_are_not_resumed(photos, unet, model, tmp_path, capsys):

@@ -1,0 +1,109 @@
+"""Results of earlier runs in an output folder, as its journal tells.
+
+The journal lists a photograph's files before they are written, so that no run replaces or removes a file that is not a
+run's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_dermomamba.journal import fingerprint, read_journal
+from nnunetv2_dermomamba.predict.outputs import Outputs
+from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
+from nnunetv2_dermomamba.predict.rendering import Classes
+
+__all__ = ["earlier_entries", "remove_results", "take_up"]
+
+Entries = dict[str, dict[str, Any]]
+"""Of the journal, by the name of the photograph: its ``files``; and once they are complete, what they were made of."""
+
+
+def earlier_entries(folder: Path, settings: dict, resume: bool) -> Entries:
+    """Entries of the journal in an output folder; unless they are resumed, only which files there are results.
+
+    Raises:
+        InputError: The results to resume were made otherwise, or what the run writes beside them is not a run's own.
+    """
+    earlier = read_journal(folder / JOURNAL_FILE)
+    if earlier is None:
+        _refuse_to_replace(folder / name for name in (CSV_FILE, FAILED_FILE))
+        return {}
+    if not resume:
+        return {name: {"name": name, "files": entry.get("files", [])} for name, entry in earlier[1].items()}
+    if earlier[0] != settings:
+        differing = ", ".join(key for key in settings if earlier[0].get(key) != settings[key]) or "version"
+        raise InputError(
+            f"the results in {str(folder)!r} were made with another {differing}; leave --resume away to make all "
+            "of them again, or give another folder"
+        )
+    return earlier[1]
+
+
+def take_up(photos: list[Photo], entries: Entries, outputs: Outputs, classes: Classes) -> tuple[list[Photo], Entries]:
+    """Decide which photographs are to be done.
+
+    Returns:
+        Those without results of the same file, and the entries with what will be written of them.
+
+    Raises:
+        InputError: Results would overwrite photographs, or files that are no results of earlier runs.
+    """
+    sources = {os.path.realpath(photo.path) for photo in photos}
+    todo, entries = [], dict(entries)
+    for photo in photos:
+        entry = entries.get(photo.name, {})
+        if not _is_done(photo, entry, outputs, classes):
+            entries[photo.name] = _claim(photo.name, entry, outputs, classes, sources)
+            todo.append(photo)
+    return todo, entries
+
+
+def remove_results(entry: dict[str, Any], outputs: Outputs) -> None:
+    """Remove what an earlier run wrote of a photograph, which may not be what this one will write.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for file in _files(entry["name"], entry, outputs):
+        if os.path.lexists(file):
+            file.unlink()
+
+
+def _is_done(photo: Photo, entry: dict[str, Any], outputs: Outputs, classes: Classes) -> bool:
+    if "fingerprint" not in entry:
+        return False
+    try:
+        same = entry["fingerprint"] == fingerprint(photo.path)
+    except OSError:
+        return False
+    return same and all(file.is_file() for file in outputs.files(photo.name, classes))
+
+
+def _claim(name: str, entry: dict[str, Any], outputs: Outputs, classes: Classes, sources: set[str]) -> dict[str, Any]:
+    """The entry of a photograph that is taken up again, with its earlier files and those to be written."""
+    earlier = _files(name, entry, outputs)
+    files = {*earlier, *outputs.files(name, classes)}
+    folder = os.path.realpath(outputs.mask(name).parent)
+    for file in sorted(files):
+        if os.path.join(folder, file.name) in sources:
+            raise InputError(f"{str(file)!r} would overwrite a photograph; give another folder for the masks")
+    _refuse_to_replace(files.difference(earlier))
+    return {"name": name, "files": sorted(file.name for file in files)}
+
+
+def _files(name: str, entry: dict[str, Any], outputs: Outputs) -> list[Path]:
+    mask = outputs.mask(name)
+    return [mask.with_name(file) for file in entry.get("files", [])]
+
+
+def _refuse_to_replace(files: Iterable[Path]) -> None:
+    for file in sorted(files):
+        if os.path.lexists(file):
+            raise InputError(
+                f"{str(file)!r} exists and is no result of an earlier run into that folder; give another folder for "
+                "the masks, or move the file away"
+            )
