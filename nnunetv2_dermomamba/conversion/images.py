@@ -27,6 +27,7 @@ __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "Photograph",
+    "as_photograph",
     "exif_orientation",
     "has_alpha",
     "open_image",
@@ -139,21 +140,35 @@ def read_photograph(path: str | Path, shape: tuple[int, int] | None = None) -> P
         ImageReadError: The file is damaged or has no single right reading.
     """
     with open_image(path) as image:
-        orientation = exif_orientation(image)
-        stored_size = image.size
-        if shape is not None and image.format in ("JPEG", "MPO"):
-            height, width = shape[::-1] if orientation in SIDEWAYS else shape
-            image.draft(None, (round(width * DRAFT_GAP), round(height * DRAFT_GAP)))
-        scale_kept = image.size == stored_size
-        image.load()
-        upright = turn_upright(image, _to_rgb(image, path), orientation)
-        if scale_kept:
-            width, height = upright.size
-        else:
-            width, height = stored_size[::-1] if orientation in SIDEWAYS else stored_size
-        if shape is not None:
-            upright = resize_image(upright, shape)
-        return Photograph(upright, (height, width), orientation)
+        return as_photograph(image, path, shape)
+
+
+def as_photograph(image: Image.Image, name: object, shape: tuple[int, int] | None = None) -> Photograph:
+    """An opened image, as `read_photograph` gives it.
+
+    Args:
+        image: A JPEG that was not loaded before may be decoded at a reduced scale.
+        name: What errors call it.
+        shape: (height, width) in pixels to resample to, or None to keep the size.
+
+    Raises:
+        ImageReadError: It has no single right reading.
+    """
+    orientation = exif_orientation(image)
+    stored_size = image.size
+    if shape is not None and image.format in ("JPEG", "MPO"):
+        height, width = shape[::-1] if orientation in SIDEWAYS else shape
+        image.draft(None, (round(width * DRAFT_GAP), round(height * DRAFT_GAP)))
+    scale_kept = image.size == stored_size
+    image.load()
+    upright = turn_upright(image, _to_rgb(image, name), orientation)
+    if scale_kept:
+        width, height = upright.size
+    else:
+        width, height = stored_size[::-1] if orientation in SIDEWAYS else stored_size
+    if shape is not None:
+        upright = resize_image(upright, shape)
+    return Photograph(upright, (height, width), orientation)
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -197,25 +212,25 @@ def _open_without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_rgb(image: Image.Image, name: object) -> Image.Image:
     if has_alpha(image):
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
-            raise ImageReadError(path, "has translucent pixels, whose colour depends on the background; flatten it")
+            raise ImageReadError(name, "has translucent pixels, whose colour depends on the background; flatten it")
     if image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(np.asarray(image), path))
+        image = Image.fromarray(_eight_bits(np.asarray(image), name))
     if image.mode not in ("RGB", "RGBA", "L", "1", "P", "CMYK", "YCbCr", "LAB"):
-        raise ImageReadError(path, f"has pixels of mode {image.mode}, whose range is unknown; save it with 8 bits")
+        raise ImageReadError(name, f"has pixels of mode {image.mode}, whose range is unknown; save it with 8 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, path: str | Path) -> np.ndarray:
+def _eight_bits(values: np.ndarray, name: object) -> np.ndarray:
     """High byte of 16-bit values, as Pillow reads 16-bit RGB."""
     if values.min() < 0 or values.max() > 65535:
-        raise ImageReadError(path, "has values outside 16 bits; save it with 8 bits")
+        raise ImageReadError(name, "has values outside 16 bits; save it with 8 bits")
     # 12-bit data in a 16-bit file would come out almost black.
     if values.max() < 4096:
         raise ImageReadError(
-            path, "uses less than 1/16 of its 16-bit range, so its scale is unknown; save it with 8 bits"
+            name, "uses less than 1/16 of its 16-bit range, so its scale is unknown; save it with 8 bits"
         )
     return (values >> 8).astype(np.uint8)

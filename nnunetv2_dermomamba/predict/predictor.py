@@ -16,11 +16,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 
 from nnunetv2_dermomamba.conversion.images import Photograph
-from nnunetv2_dermomamba.conversion.resample import resize_image
 from nnunetv2_dermomamba.network.ss2d import SS2D
 from nnunetv2_dermomamba.ops import describe_choice
 from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT, ModelError, build_network, load_model
-from nnunetv2_dermomamba.predict.reading import read_photo
+from nnunetv2_dermomamba.predict.reading import photo_in_memory, read_photo
 from nnunetv2_dermomamba.predict.rendering import Classes, Prediction, render
 
 __all__ = ["Predictor", "Prepared", "choose_device"]
@@ -135,7 +134,8 @@ class Predictor:
         """Segment one photograph.
 
         Args:
-            image: A file, a PIL image, or a uint8 array of shape (height, width, 3) or (height, width).
+            image: A file, a PIL image (read as a file is, its EXIF orientation undone), or a uint8 array of shape
+                (height, width, 3) or (height, width).
 
         Returns:
             The mask, uint8 of shape (height, width), 1 on the lesion (the label's value if there are several classes);
@@ -143,7 +143,7 @@ class Predictor:
             several.
 
         Raises:
-            ImageReadError: The file cannot be read.
+            ImageReadError: The file cannot be read, or the image has no single right reading.
             ValueError: The array has another shape or type.
         """
         prepared = self.prepare(self._photograph(image))
@@ -204,6 +204,4 @@ class Predictor:
                     "or (height, width)"
                 )
             image = Image.fromarray(np.ascontiguousarray(image))
-        image = image.convert("RGB")
-        resized = image if self.model.shape is None else resize_image(image, self.model.shape)
-        return Photograph(resized, (image.height, image.width), 1)
+        return photo_in_memory(image, self.model.shape)

@@ -10,16 +10,16 @@ from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.conversion.images import (
     FORMATS,
     Photograph,
+    as_photograph,
     exif_orientation,
     has_alpha,
     open_image,
-    read_photograph,
     turn_upright,
 )
 from nnunetv2_dermomamba.conversion.resample import resize_image
 from nnunetv2_dermomamba.predict.dicom import read_dicom
 
-__all__ = ["is_dicom", "read_photo"]
+__all__ = ["is_dicom", "photo_in_memory", "read_photo"]
 
 HEAD_BYTES = 132  # as far as DICOM's mark reaches
 
@@ -41,13 +41,21 @@ def read_photo(path: str | Path, shape: tuple[int, int] | None = None) -> Photog
     if head[128:] == b"DICM":
         return _resampled(read_dicom(path), shape)
     with open_image(path, (*FORMATS, "WEBP")) as image:
-        translucent = has_alpha(image)
-        if translucent or image.format == "WEBP":
-            orientation = exif_orientation(image)
-            image.load()
-            flat = _on_white(image) if translucent else image.convert("RGB")
-            return _resampled(turn_upright(image, flat, orientation), shape)
-    return read_photograph(path, shape)
+        return _convert(image, path, shape)
+
+
+def photo_in_memory(image: Image.Image, shape: tuple[int, int] | None = None) -> Photograph:
+    """A PIL image through the steps of a file, at full scale; an EXIF orientation that it has is undone.
+
+    Args:
+        image: It is loaded, and not changed.
+        shape: (height, width) in pixels to resample to, or None to keep the size.
+
+    Raises:
+        ImageReadError: It has no single right reading.
+    """
+    image.load()
+    return _convert(image, getattr(image, "filename", "") or "image", shape)
 
 
 def is_dicom(path: Path) -> bool:
@@ -66,6 +74,14 @@ def _head(path: Path) -> bytes:
             return file.read(HEAD_BYTES)
     except OSError as error:
         raise ImageReadError(path, error.strerror or str(error)) from error
+
+
+def _convert(image: Image.Image, name: object, shape: tuple[int, int] | None) -> Photograph:
+    if not has_alpha(image):
+        return as_photograph(image, name, shape)
+    orientation = exif_orientation(image)
+    image.load()
+    return _resampled(turn_upright(image, _on_white(image), orientation), shape)
 
 
 def _resampled(image: Image.Image, shape: tuple[int, int] | None) -> Photograph:

@@ -6,7 +6,8 @@ from PIL import Image
 from predict_helpers import photograph
 from tolerances import FORWARD
 
-from nnunetv2_dermomamba.conversion.images import read_photograph
+from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, read_photograph
 from nnunetv2_dermomamba.predict import Predictor
 from nnunetv2_dermomamba.predict.rendering import STRIP_PIXELS, Classes, Prediction, render
 
@@ -87,6 +88,38 @@ def test_arrays_images_and_files_give_the_same(predictor, tmp_path):
     assert np.array_equal(mask, probability > 0.5)
     for other in (Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png")):
         assert np.array_equal(predictor(other)[1], probability)
+
+
+def save_odd(image, folder):
+    """Files of one photograph that need more than opening."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    for suffix in ("jpg", "png", "webp", "tif"):
+        Image.fromarray(image).save(folder / f"turned.{suffix}", exif=exif)
+    Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(folder / "16bit.png")
+    alpha = np.full(image.shape[:2], 255, np.uint8)
+    alpha[:30] = 0
+    Image.fromarray(np.dstack([image, alpha])).save(folder / "translucent.png")
+    Image.fromarray(image).quantize(32).save(folder / "palette.png", transparency=3)
+    return sorted(folder.iterdir())
+
+
+def test_images_are_read_as_their_files_are(predictor, tmp_path):
+    for file in save_odd(photograph((60, 76)), tmp_path):  # too small for a JPEG to be decoded at a reduced scale
+        mask, probability = predictor(file)
+        with Image.open(file) as image:
+            for _ in range(2):  # the first call loads it
+                assert np.array_equal(predictor(image)[1], probability), file.name
+        assert mask.shape == ((76, 60) if file.stem == "turned" else (60, 76)), file.name
+
+
+def test_an_image_without_a_right_reading_is_refused(predictor, tmp_path):
+    dark = Image.fromarray(np.full((8, 8), 4000, np.uint16))
+    with pytest.raises(ImageReadError, match="'image': uses less than 1/16"):
+        predictor(dark)
+    dark.save(tmp_path / "dark.png")
+    with Image.open(tmp_path / "dark.png") as image, pytest.raises(ImageReadError, match=r"dark\.png': uses less"):
+        predictor(image)
 
 
 def test_black_borders_that_nnunet_crops_come_back(predictor):
