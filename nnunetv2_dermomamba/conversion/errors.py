@@ -30,3 +30,7 @@ class ImageReadError(ValueError):
 
     def __str__(self) -> str:
         return f"{str(self.path)!r}: {self.reason}"
+
+
+class AmbiguousMaskError(ImageReadError):
+    """A file holds more than one lesion and its background, or not clearly these two."""

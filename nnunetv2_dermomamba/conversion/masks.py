@@ -17,28 +17,34 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.conversion.errors import AmbiguousMaskError, ImageReadError
 from nnunetv2_dermomamba.conversion.images import exif_orientation, open_image, turn_upright
 
 __all__ = ["read_mask"]
 
 CONTOUR_PIXELS = 2
+DARK, LIGHT = 64, 192  # of 256: below a quarter, and from three quarters on
 
 
-def read_mask(path: str | Path) -> Image.Image:
+def read_mask(path: str | Path, *, may_be_empty: bool = False) -> Image.Image:
     """Read a lesion mask.
+
+    Args:
+        path: The file.
+        may_be_empty: Take a mask that marks no lesion.
 
     Returns:
         Mode "L", values 0 (background) and 255 (lesion), upright.
 
     Raises:
-        ImageReadError: The file is damaged, has no single right reading as a mask, or marks no lesion.
+        AmbiguousMaskError: The file has no single right reading as a mask.
+        ImageReadError: The file is damaged, or marks no lesion.
     """
     with open_image(path) as image:
         orientation = exif_orientation(image)
         image.load()
         mask = _binary(image, path)
-        if mask.getbbox() is None:
+        if not may_be_empty and mask.getbbox() is None:
             raise ImageReadError(path, "marks no lesion")
         return turn_upright(image, mask, orientation)
 
@@ -59,7 +65,7 @@ def _binary(image: Image.Image, path: str | Path) -> Image.Image:
         return _from_grey(alpha, path)
     from_colour, from_alpha = _from_colour(colour, path), _from_grey(alpha, path)
     if from_colour.tobytes() != from_alpha.tobytes():
-        raise ImageReadError(path, "marks different lesions by colour and by alpha; save it in black and white")
+        raise AmbiguousMaskError(path, "marks different lesions by colour and by alpha; save it in black and white")
     return from_colour
 
 
@@ -70,7 +76,7 @@ def _from_colour(colour: Image.Image, path: str | Path) -> Image.Image:
     colours = colour.getcolors(2) or []
     if len(colours) == 2 and (0, 0, 0) in (value for _, value in colours):
         return Image.fromarray(np.asarray(colour).any(axis=2).astype(np.uint8) * 255)
-    raise ImageReadError(path, "is a mask in more colours than black and one other; save it in black and white")
+    raise AmbiguousMaskError(path, "is a mask in more colours than black and one other; save it in black and white")
 
 
 def _from_wide_grey(values: np.ndarray, path: str | Path) -> Image.Image:
@@ -80,7 +86,9 @@ def _from_wide_grey(values: np.ndarray, path: str | Path) -> Image.Image:
     if low == high and high in (1, 255, 65535):
         return Image.new("L", values.shape[::-1], 255)
     if values.dtype.kind == "f" or low < 0 or high > 65535:
-        raise ImageReadError(path, "is a mask with values outside 16 bits; save it in black and white")
+        raise AmbiguousMaskError(path, "is a mask with values outside 16 bits; save it in black and white")
+    if high < LIGHT << 8:  # the high byte alone would show labels as background
+        raise AmbiguousMaskError(path, "is a mask with several dark grey values; save it in black and white")
     return _from_grey(Image.fromarray((values >> 8).astype(np.uint8)), path)
 
 
@@ -92,11 +100,11 @@ def _from_grey(grey: Image.Image, path: str | Path) -> Image.Image:
     if levels == [1] or (len(levels) == 2 and levels[0] == 0):
         return grey.point([0] + [255] * 255)
     values = np.asarray(grey)
-    dark, light = values < 64, values >= 192
+    dark, light = values < DARK, values >= LIGHT
     square: np.ndarray = np.ones((3, 3), bool)
     near_both = ndimage.binary_dilation(dark, square, CONTOUR_PIXELS) & ndimage.binary_dilation(
         light, square, CONTOUR_PIXELS
     )
     if not light.any() or not (dark | light | near_both).all():
-        raise ImageReadError(path, f"is a mask with {len(levels)} grey values, not only along the contour")
+        raise AmbiguousMaskError(path, f"is a mask with {len(levels)} grey values, not only along the contour")
     return grey.point([0] * 128 + [255] * 128)

@@ -1,11 +1,13 @@
 """Score a folder of masks against the truth: a table, CSV, JSON, HTML report.
 
 Masks are PNG, BMP, TIFF or NIfTI with 0 and 1, or 0 and 255 (several classes:
---labels). Folders are searched with their sub-folders. A case's name is its
-path without extension and without _mask, _segmentation, _lesion, _prediction
-and the like, so ISIC_0000000_mask.png is scored against
-ISIC_0000000_segmentation.png. What `dermomamba predict` writes beside the masks
-is passed over; other files that are no masks are listed.
+--labels). Lesions in another grey or one colour on black, in alpha or with soft
+contours are read as the conversion reads them; EXIF orientation is undone.
+Folders are searched with their sub-folders. A case's name is its path without
+extension and without _mask, _segmentation, _lesion, _prediction and the like,
+so ISIC_0000000_mask.png is scored against ISIC_0000000_segmentation.png. What
+`dermomamba predict` writes beside the masks is passed over; other files that
+are no masks are listed.
 
 Figures, in the order of the paper's table: parameters and operations (as
 `dermomamba info` counts them, with --model), DSC, IoU, precision, recall:

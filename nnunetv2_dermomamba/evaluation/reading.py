@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import open_image
+from nnunetv2_dermomamba.conversion.errors import AmbiguousMaskError, ImageReadError
+from nnunetv2_dermomamba.conversion.images import exif_orientation, open_image, turn_upright
+from nnunetv2_dermomamba.conversion.masks import read_mask
 
 __all__ = ["MaskError", "read_labels", "read_probability"]
 
@@ -21,26 +22,43 @@ def read_labels(path: Path, labels: tuple[int, ...] | None = None) -> np.ndarray
 
     Args:
         path: PNG, BMP, TIFF or NIfTI file, 2D, one channel (or several equal ones).
-        labels: Foreground labels to be found in it. ``None`` for a binary mask, whose foreground is 1 or 255.
+        labels: Foreground labels to be found in it. ``None`` for a binary mask, read as the conversion reads it; in
+            NIfTI its foreground is 1 or 255.
 
     Returns:
-        Array (H, W) of uint8 labels; a binary mask holds 0 and 1.
+        Array (H, W) of uint8 labels, upright; a binary mask holds 0 and 1.
 
     Raises:
         MaskError: The file cannot be read, is not two-dimensional, or holds other values.
     """
-    pixels = _read_pixels(path, by_colour=labels is None)
-    values = set(np.unique(pixels).tolist())
     if labels is None:
-        if not (values <= {0, 1} or values <= {0, 255}):
-            raise MaskError(
-                f"{path} is no binary mask: it holds {_some(values)} instead of 0 and 1 or 0 and 255; "
-                "for several classes pass --labels, otherwise threshold it first"
-            )
-        return (pixels > 0).astype(np.uint8)
+        return _read_binary_nifti(path) if _is_nifti(path) else _read_binary(path)
+    pixels = _read_pixels(path, by_colour=False)
+    values = set(np.unique(pixels).tolist())
     if not values <= {0, *labels}:
         raise MaskError(f"{path} holds {_some(values)}, but the labels are {_some({0, *labels})}")
     return pixels.astype(np.uint8)
+
+
+def _read_binary(path: Path) -> np.ndarray:
+    try:
+        mask = read_mask(path, may_be_empty=True)
+    except AmbiguousMaskError as error:
+        raise MaskError(f"{error} (if it holds several classes, pass --labels)") from error
+    except ImageReadError as error:
+        raise MaskError(str(error)) from error
+    return (np.asarray(mask) > 0).astype(np.uint8)
+
+
+def _read_binary_nifti(path: Path) -> np.ndarray:
+    pixels = _read_pixels(path, by_colour=False)
+    values = set(np.unique(pixels).tolist())
+    if not (values <= {0, 1} or values <= {0, 255}):
+        raise MaskError(
+            f"{path} is no binary mask: it holds {_some(values)} instead of 0 and 1 or 0 and 255; "
+            "for several classes pass --labels, otherwise threshold it first"
+        )
+    return (pixels > 0).astype(np.uint8)
 
 
 def read_probability(path: Path, label: int, labels: tuple[int, ...]) -> np.ndarray:
@@ -85,7 +103,7 @@ def _read_npz(path: Path, index: int, count: int) -> np.ndarray:
 def _read_pixels(path: Path, by_colour: bool) -> np.ndarray:
     """(H, W) array; palette files give their colours' grey level or, without ``by_colour``, their indices."""
     try:
-        pixels = _read_nifti(path) if path.name.lower().endswith((".nii", ".nii.gz")) else _read_image(path, by_colour)
+        pixels = _read_nifti(path) if _is_nifti(path) else _read_image(path, by_colour)
     except ImageReadError as error:
         raise MaskError(str(error)) from error
     except RuntimeError as error:  # SimpleITK's only exception
@@ -96,7 +114,10 @@ def _read_pixels(path: Path, by_colour: bool) -> np.ndarray:
 
 
 def _read_image(path: Path, by_colour: bool) -> np.ndarray:
-    with open_image(path) as image:
+    with open_image(path) as stored:
+        orientation = exif_orientation(stored)
+        stored.load()
+        image = turn_upright(stored, stored, orientation)
         if image.mode == "1":
             return np.asarray(image.convert("L"))
         if image.mode in ("P", "PA") and by_colour:
@@ -105,6 +126,10 @@ def _read_image(path: Path, by_colour: bool) -> np.ndarray:
             return colours[..., 0] if grey else np.asarray(image.convert("P"))
         pixels = np.asarray(image.convert({"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)))
     return pixels[..., 0] if pixels.ndim == 3 and (pixels == pixels[..., :1]).all() else pixels
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def _read_nifti(path: Path) -> np.ndarray:

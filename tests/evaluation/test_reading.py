@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from masks import disc
-from PIL import Image
+from PIL import Image, ImageFilter
 
+from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION
+from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.evaluation.reading import MaskError, read_labels, read_probability
 
 MASK = disc(40, 60, (20, 30), 12)
@@ -57,7 +59,7 @@ def test_several_classes(tmp_path):
     labels = np.array([[0, 1], [2, 2]], dtype=np.uint8)
     path = save(tmp_path / "a.png", Image.fromarray(labels))
     assert (read_labels(path, (1, 2)) == labels).all()
-    with pytest.raises(MaskError, match=r"a\.png .*--labels"):
+    with pytest.raises(MaskError, match=r"a\.png'.*--labels"):
         read_labels(path)
     with pytest.raises(MaskError, match="holds 0, 1, 2, but the labels are 0, 1"):
         read_labels(path, (1,))
@@ -73,10 +75,53 @@ def test_broken_files_are_named(tmp_path, content):
 
 def test_a_photograph_is_no_mask(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    colour = save(tmp_path / "a.png", Image.fromarray(noise))
+    with pytest.raises(MaskError, match="more colours than black and one other"):
+        read_labels(colour)
     with pytest.raises(MaskError, match="not a 2D mask"):
-        read_labels(save(tmp_path / "a.png", Image.fromarray(noise)))
-    with pytest.raises(MaskError, match="threshold it first"):
-        read_labels(save(tmp_path / "b.png", Image.fromarray(noise[..., 0])))
+        read_labels(colour, (1,))
+    with pytest.raises(MaskError, match="grey values, not only along the contour"):
+        read_labels(save(tmp_path / "b.png", Image.linear_gradient("L")))
+
+
+def images_of_a_mask():
+    grey = Image.fromarray((MASK * 255).astype(np.uint8))
+    alpha = Image.new("RGBA", grey.size, "white")
+    alpha.putalpha(grey)
+    wide = Image.fromarray((MASK * 65535).astype(np.uint16))
+    return {"alpha": alpha, "wide": wide, "soft": grey.filter(ImageFilter.GaussianBlur(0.8)), "grey": grey}
+
+
+@pytest.mark.parametrize(("name", "image"), images_of_a_mask().items())
+def test_a_binary_mask_is_what_the_conversion_takes_it_for(tmp_path, name, image):
+    path = save(tmp_path / f"{name}.png", image)
+    labels = read_labels(path)
+    assert (labels * 255 == np.asarray(read_mask(path))).all()
+    assert np.count_nonzero(labels != MASK) < 0.02 * MASK.sum()
+
+
+@pytest.mark.parametrize("labels", [None, (1,)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_masks_are_turned_upright(tmp_path, labels, suffix):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(MASK.T[::-1].astype(np.uint8)).save(path, exif=exif)
+    assert (read_labels(path, labels) == MASK).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_label_maps_are_never_read_as_empty_masks(tmp_path, dtype):
+    path = save(tmp_path / "a.tif", Image.fromarray(np.array([[0, 1], [2, 2]], dtype=dtype)))
+    with pytest.raises(MaskError, match="--labels"):
+        read_labels(path)
+
+
+def test_a_nifti_of_other_values_is_refused(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(MASK.astype(np.uint8)[None] * 7), str(path))
+    with pytest.raises(MaskError, match="it holds 0, 7 instead of 0 and 1"):
+        read_labels(path)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 255), (np.uint16, 65535)])
