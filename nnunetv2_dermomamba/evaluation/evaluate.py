@@ -198,12 +198,13 @@ def _score_case(
         if case.prediction is None:
             common |= {"status": MISSING, "message": f"no prediction for {case.ground_truth.name}"}
         else:
-            prediction = _fit(read_labels(case.prediction, settings.labels), truth.shape, settings.resize, case)
+            prediction = read_labels(case.prediction, settings.labels)
+            prediction = _fit(prediction, truth.shape, settings.resize, case.prediction)
         if prediction is not None or settings.missing_as_empty:
             scored = np.zeros_like(truth) if prediction is None else prediction
             scores = [mask_metrics(scored == k, truth == k, settings.tolerance) for k in settings.classes]
         if with_probability and scores[0]:
-            _add_probability(scores, case, truth, settings, common)
+            common["message"] = _add_probability(scores, case, truth, settings) or common["message"]
     except MaskError as error:
         common |= {"status": FAILED, "message": str(error)}
         scores = [{} for _ in settings.classes]
@@ -211,40 +212,46 @@ def _score_case(
     return rows, draw(truth, prediction, case.image, settings.classes, thumbnail) if thumbnail else None
 
 
-def _add_probability(
-    scores: list[dict[str, Any]], case: Case, truth: np.ndarray, settings: Settings, common: dict[str, Any]
-) -> None:
-    maps = {label: case.probabilities.get(label, case.probabilities.get(None)) for label in settings.classes}
-    if case.prediction is not None and None in maps.values():
-        lacking = (
-            f" of class {', '.join(str(k) for k, path in maps.items() if path is None)}" if any(maps.values()) else ""
-        )
-        common["message"] = f"no probability map{lacking} for {case.ground_truth.name}"
-        return
-    for label, score in zip(settings.classes, scores, strict=True):
-        path = maps[label]
-        if path is None or case.prediction is None:
-            probability = np.zeros(truth.shape, dtype=np.float32)
-        else:
-            # A map of one class holds only that one.
-            classes = (label,) if label in case.probabilities else settings.classes
-            probability = read_probability(path, label, classes)
-            probability = _fit(probability, truth.shape, settings.resize, case)
+def _add_probability(scores: list[dict[str, Any]], case: Case, truth: np.ndarray, settings: Settings) -> str:
+    """Add the figures of the probability maps; returns why there are none, or an empty text."""
+    try:
+        maps = _read_maps(case, truth.shape, settings)
+    except MaskError as error:
+        return str(error)
+    for label, score, probability in zip(settings.classes, scores, maps, strict=True):
         score |= probability_metrics(probability, truth == label)
+    return ""
 
 
-def _fit(array: np.ndarray, shape: tuple[int, ...], resize: bool, case: Case) -> np.ndarray:
-    """The array at ``shape``: as it is, resized if that is wanted, or an error."""
+def _read_maps(case: Case, shape: tuple[int, ...], settings: Settings) -> list[np.ndarray]:
+    """The probability of each class; 0 everywhere if there is no prediction."""
+    if case.prediction is None:
+        return [np.zeros(shape, dtype=np.float32) for _ in settings.classes]
+    paths = [case.probabilities.get(label, case.probabilities.get(None)) for label in settings.classes]
+    lacking = [str(label) for label, path in zip(settings.classes, paths, strict=True) if path is None]
+    if lacking:
+        of_class = f" of class {', '.join(lacking)}" if len(lacking) < len(paths) else ""
+        raise MaskError(f"no probability map{of_class} for {case.ground_truth.name}")
+    maps = []
+    for label, path in zip(settings.classes, paths, strict=True):
+        assert path is not None
+        classes = (label,) if label in case.probabilities else settings.classes  # a map of one class holds only that
+        maps.append(_fit(read_probability(path, label, classes), shape, settings.resize, path))
+    return maps
+
+
+def _fit(array: np.ndarray, shape: tuple[int, ...], resize: bool, path: Path) -> np.ndarray:
+    """The array of a file at ``shape``: as it is, resized if that is wanted, or an error."""
     if array.shape == shape:
         return array
     if not resize:
         raise MaskError(
-            f"{case.prediction} is {array.shape[1]} x {array.shape[0]} pixels, its ground truth "
+            f"{path} is {array.shape[1]} x {array.shape[0]} pixels, its ground truth "
             f"{shape[1]} x {shape[0]}; predict at native size, or pass --resize to bring it to that size"
         )
     # Square or 16:9 squeezed to 4:3 is a third off; portrait against landscape is off by more than a half.
     ratio = (array.shape[0] / shape[0]) / (array.shape[1] / shape[1])
     if abs(math.log(ratio)) > math.log(1.5):
-        raise MaskError(f"{case.prediction} cannot be of the same photograph as its ground truth: other proportions")
+        raise MaskError(f"{path} cannot be of the same photograph as its ground truth: other proportions")
     method = Image.Resampling.BILINEAR if array.dtype == np.float32 else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(array).resize((shape[1], shape[0]), method))

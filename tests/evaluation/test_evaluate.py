@@ -183,6 +183,46 @@ def test_probabilities_add_the_authors_figures(pairs, tmp_path, capsys):
     assert "no probability map for case_0" in capsys.readouterr().out
 
 
+def damage(path):
+    path.write_bytes(b"no image")
+
+
+def halve(path):
+    Image.new("I;16", (64, 48)).save(path)
+
+
+def turn(path):
+    Image.new("I;16", (96, 128)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "reason"),
+    [
+        (damage, [], "not an image of a known format"),
+        (halve, [], "is 64 x 48 pixels, its ground truth 128 x 96"),
+        (turn, ["--resize"], "other proportions"),
+    ],
+)
+def test_a_bad_probability_map_costs_only_the_soft_figures(pairs, tmp_path, capsys, spoil, options, reason):
+    masks, truth = pairs
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for i in range(6):
+        Image.fromarray(disc().astype(np.uint16) * 65535).save(maps / f"case_{i}_probability.png")
+    spoil(maps / "case_2_probability.png")
+    command = ["-p", masks, "-g", truth, "--probabilities", maps, "--csv", tmp_path / "a.csv", *options]
+    assert run(*command) == 1
+    text = capsys.readouterr().out
+    assert "6 of 6 cases scored." in text
+    line = next(line for line in text.splitlines() if line.startswith("Incomplete (1): "))
+    assert str(maps / "case_2_probability.png") in line
+    assert "case_2_mask.png" not in text
+    assert reason in line
+    frame = read_csv(tmp_path / "a.csv")
+    assert frame["dice"].notna().all()
+    assert frame["soft_dice"].isna().tolist() == [False, False, True, False, False, False]
+
+
 def test_against_a_folder_and_against_its_table(pairs, tmp_path, capsys):
     masks, truth = pairs
     other, _ = save_pairs(tmp_path / "other", seed=3)
