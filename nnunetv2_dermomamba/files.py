@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["remove_unfinished", "whole_file", "write_file"]
+__all__ = ["check_writable", "remove_unfinished", "whole_file", "write_file"]
 
 UNFINISHED = ".writing-"
 
@@ -54,3 +55,18 @@ def remove_unfinished(folders: Iterable[Path]) -> None:
     for folder in folders:
         for file in folder.glob(f"{UNFINISHED}*"):
             file.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write into a folder, or where it would be made; nothing is left there.
+
+    Raises:
+        OSError: It cannot be written; the message says where.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            file.write(b"0")
+    except OSError as error:
+        where = "" if existing == folder else f" ({str(existing)!r} takes no files)"
+        raise OSError(f"{str(folder)!r} cannot be written{where}: {error.strerror}") from error

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nnunetv2_dermomamba.evaluation.metrics import overlap_metrics
 
-__all__ = ["AUTHORS", "PER_IMAGE", "POOLED", "Figure", "summarise"]
+__all__ = ["AUTHORS", "PER_IMAGE", "POOLED", "Figure", "counting", "summarise"]
 
 PER_IMAGE = "per_image"
 POOLED = "pooled"
@@ -41,6 +41,11 @@ class Figure:
     undefined: int = 0
     sd: float | None = None
     median: float | None = None
+
+
+def counting(frame: pd.DataFrame, label: int) -> pd.DataFrame:
+    """The rows of one class that count in its figures."""
+    return frame[(frame["label"] == label) & frame["tp"].notna()]
 
 
 def summarise(frame: pd.DataFrame, metrics: list[str], seed: int = 0) -> dict[str, dict[str, Figure]]:

@@ -45,6 +45,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_dermomamba.files import check_writable
 from nnunetv2_dermomamba.predict.options import add_model_arguments
 
 if TYPE_CHECKING:
@@ -129,6 +130,11 @@ def _run(args: argparse.Namespace) -> int:
         resize=args.resize,
         tolerance=args.boundary_tolerance / 100,
     )
+    for target in filter(None, (args.csv, args.json, args.report)):
+        _check_target(target)
+    other = None
+    if args.against and args.against.suffix.lower() == ".csv":
+        other = _read_other(args.against, settings.classes, args.ground_truth)
     cost = None
     if args.model:
         from nnunetv2_dermomamba.cost import count_cost
@@ -137,10 +143,8 @@ def _run(args: argparse.Namespace) -> int:
         model = trained_model(args.model, args.f, args.chk, args.trust)
         cost = count_cost(model.network, model.channels, model.patch_size)
     shared = {"settings": settings, "processes": args.np, "progress": True}
-    other = None
-    if args.against:
-        is_table = args.against.suffix.lower() == ".csv"
-        other = output.read_csv(args.against) if is_table else evaluate(args.against, args.ground_truth, **shared).frame
+    if args.against and other is None:
+        other = evaluate(args.against, args.ground_truth, **shared).frame
     evaluation = evaluate(
         args.predictions,
         args.ground_truth,
@@ -160,6 +164,32 @@ def _run(args: argparse.Namespace) -> int:
         write_report(evaluation, args.report, args.predictions, args.ground_truth, cost)
         print(f"Report: {args.report}")
     return int(_is_incomplete(evaluation.frame, tolerated=MISSING if args.missing != "fail" else None))
+
+
+def _check_target(file: Path) -> None:
+    """Before anything is scored, whose figures would be lost.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"{str(file)!r} is a folder; nothing was scored, name a file")
+    try:
+        check_writable(file.parent)
+    except OSError as error:
+        raise OSError(f"{error}. Nothing was scored; name a file elsewhere, or make this folder writable") from error
+
+
+def _read_other(table: Path, classes: tuple[int, ...], ground_truth: Path) -> pd.DataFrame:
+    """Another method's table, checked before anything is scored."""
+    from nnunetv2_dermomamba.evaluation.compare import check_comparable
+    from nnunetv2_dermomamba.evaluation.output import read_csv
+    from nnunetv2_dermomamba.evaluation.pairing import index_masks
+
+    frame, cases = read_csv(table), set(index_masks(ground_truth)[0])
+    for label in classes:
+        check_comparable(frame, label, cases, str(table))
+    return frame
 
 
 def _is_incomplete(frame: pd.DataFrame, tolerated: str | None) -> bool:

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
-__all__ = ["Difference", "compare"]
+from nnunetv2_dermomamba.evaluation.aggregate import counting
+
+__all__ = ["Difference", "check_comparable", "compare"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,30 @@ class Difference:
     n: int
 
 
+def check_comparable(other: pd.DataFrame, label: int, cases: set[str], name: str) -> None:
+    """Check that another method's table can be compared with.
+
+    Args:
+        other: The table.
+        label: The class to compare.
+        cases: Those to compare with.
+        name: What to call the table.
+
+    Raises:
+        ValueError: It has no scored case of the class, one twice, or none of ``cases``.
+    """
+    theirs = counting(other, label)["case"]
+    if theirs.empty:
+        raise ValueError(f"{name} has no scored case of class {label}; evaluate it with the same --labels")
+    if theirs.duplicated().any():
+        case = theirs[theirs.duplicated()].iloc[0]
+        raise ValueError(f"{name} has case {case} of class {label} more than once; keep one row of each")
+    if cases.isdisjoint(theirs):
+        raise ValueError(
+            f"{name} has no case of class {label} in common with this evaluation; it has {theirs.iloc[0]}, say"
+        )
+
+
 def compare(frame: pd.DataFrame, other: pd.DataFrame, metrics: list[str]) -> dict[str, Difference]:
     """Paired Wilcoxon signed-rank test of each metric over the images that both methods have.
 
@@ -37,15 +63,10 @@ def compare(frame: pd.DataFrame, other: pd.DataFrame, metrics: list[str]) -> dic
         frame: This method's rows of one class, with the column ``case``.
         other: The other method's.
         metrics: Columns to compare; one that ``other`` lacks is left out.
-
-    Raises:
-        ValueError: The two have no image in common.
     """
     metrics = [metric for metric in metrics if metric in other.columns]
     mine, theirs = frame.set_index("case")[metrics], other.set_index("case")[metrics]
     common = mine.index.intersection(theirs.index)
-    if common.empty:
-        raise ValueError("the two evaluations have no case in common")
     mine, theirs = mine.loc[common].astype(np.float64), theirs.loc[common].astype(np.float64)
     return {metric: _difference(mine[metric].to_numpy(), theirs[metric].to_numpy()) for metric in metrics}
 

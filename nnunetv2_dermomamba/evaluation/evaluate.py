@@ -16,8 +16,8 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from nnunetv2_dermomamba.evaluation.aggregate import Figure, summarise
-from nnunetv2_dermomamba.evaluation.compare import Difference, compare
+from nnunetv2_dermomamba.evaluation.aggregate import Figure, counting, summarise
+from nnunetv2_dermomamba.evaluation.compare import Difference, check_comparable, compare
 from nnunetv2_dermomamba.evaluation.gallery import Drawing, draw
 from nnunetv2_dermomamba.evaluation.metrics import BOUNDARY_TOLERANCE, mask_metrics, probability_metrics
 from nnunetv2_dermomamba.evaluation.pairing import Case, Pairing, pair
@@ -99,7 +99,7 @@ class Evaluation:
 
     def of(self, label: int) -> pd.DataFrame:
         """The rows of one class that count in its figures."""
-        return _counting(self.frame, label)
+        return counting(self.frame, label)
 
     def against(self, other: pd.DataFrame, name: str) -> None:
         """Add the paired comparison with another method.
@@ -109,16 +109,14 @@ class Evaluation:
             name: What to call it.
 
         Raises:
-            ValueError: The two have no case in common.
+            ValueError: The two have no case of a class in common, or the other has a case twice.
         """
+        for label in self.settings.classes:
+            check_comparable(other, label, set(self.of(label)["case"]), name)
         self.other = name
         self.differences = {
-            label: compare(self.of(label), _counting(other, label), self.metrics) for label in self.settings.classes
+            label: compare(self.of(label), counting(other, label), self.metrics) for label in self.settings.classes
         }
-
-
-def _counting(frame: pd.DataFrame, label: int) -> pd.DataFrame:
-    return frame[(frame["label"] == label) & frame["tp"].notna()]
 
 
 def evaluate(
@@ -170,7 +168,7 @@ def evaluate(
     frame = pd.DataFrame(rows, columns=columns)
     if frame["tp"].notna().sum() == 0:
         raise MaskError(f"no case could be scored; the first: {frame['message'].iloc[0]}")
-    figures = {label: summarise(_counting(frame, label), metrics) for label in settings.classes}
+    figures = {label: summarise(counting(frame, label), metrics) for label in settings.classes}
     return Evaluation(frame, pairing, settings, metrics, figures, drawings=drawings)
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_dermomamba.files import check_writable
 from nnunetv2_dermomamba.predict.options import add_model_arguments
 from nnunetv2_dermomamba.predict.photos import FAILED_FILE, InputError, find_photos
 
@@ -92,9 +92,12 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         photos = find_photos(args.i, args.o)
-        _check_writable(args.o)
     except (InputError, OSError) as error:
         return _fail(error)
+    try:
+        check_writable(args.o)
+    except OSError as error:
+        return _fail(f"{error}. Nothing was started; give another folder with -o, or make this one writable")
 
     from tqdm import tqdm
 
@@ -139,24 +142,6 @@ def run(args: argparse.Namespace) -> int:
         return _fail(f"{error}. What is complete was kept; give the command again with --resume to go on")
     _tell(report, args.o)
     return 1 if report.failed else 0
-
-
-def _check_writable(folder: Path) -> None:
-    """Try to write into a folder, or where it would be made; nothing is left there.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
-            file.write(b"0")
-    except OSError as error:
-        where = "" if existing == folder else f" ({str(existing)!r} takes no files)"
-        raise InputError(
-            f"{str(folder)!r} cannot be written{where}: {error.strerror}. Nothing was started; give another folder "
-            "with -o, or make this one writable"
-        ) from error
 
 
 def _tell(report: Report, folder: Path) -> None:

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy.stats import wilcoxon
 
-from nnunetv2_dermomamba.evaluation.compare import compare
+from nnunetv2_dermomamba.evaluation.compare import check_comparable, compare
 
 
 def frame(values, names=None):
@@ -39,6 +39,23 @@ def test_a_method_against_itself():
     assert compare(same, same, ["dice"])["dice"].p == 1
 
 
-def test_nothing_in_common():
-    with pytest.raises(ValueError, match="no case in common"):
-        compare(frame([1.0], ["a"]), frame([1.0], ["b"]), ["dice"])
+def table(cases, label=1, tp=5.0):
+    return pd.DataFrame({"case": cases, "label": label, "tp": tp, "dice": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (table(["b"]), "t.csv has no case of class 1 in common with this evaluation; it has b, say"),
+        (table(["a"], label=2), "t.csv has no scored case of class 1; evaluate it with the same --labels"),
+        (table(["a"], tp=np.nan), "t.csv has no scored case of class 1"),
+        (table(["b", "a", "a"]), "t.csv has case a of class 1 more than once; keep one row of each"),
+    ],
+)
+def test_tables_that_cannot_be_compared_with(other, message):
+    with pytest.raises(ValueError, match=message):
+        check_comparable(other, 1, {"a", "c"}, "t.csv")
+
+
+def test_a_table_with_one_common_case_and_other_classes_can_be_compared_with():
+    check_comparable(pd.concat([table(["a", "b"]), table(["a", "b"], label=2)]), 1, {"a"}, "t.csv")

@@ -4,6 +4,7 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
+import pandas as pd
 import pytest
 from masks import disc, save_mask, save_pairs
 from PIL import Image
@@ -237,6 +238,46 @@ def test_against_a_folder_and_against_its_table(pairs, tmp_path, capsys):
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
     assert run("-p", masks, "-g", truth, "--against", tmp_path / "no.csv") == 2
     assert "no.csv is no table" in capsys.readouterr().err
+
+
+@pytest.fixture
+def scores_nothing(monkeypatch):
+    """Fails the test if anything is scored."""
+
+    def score(*_, **__):
+        raise AssertionError("scored")
+
+    monkeypatch.setattr("nnunetv2_dermomamba.evaluation.evaluate.evaluate", score)
+
+
+@pytest.mark.parametrize("column", ["label", "case"])
+def test_a_table_that_cannot_be_compared_with_is_said_before_anything_is_scored(
+    pairs, tmp_path, capsys, request, column
+):
+    masks, truth = pairs
+    assert run("-p", masks, "-g", truth, "--csv", tmp_path / "a.csv") == 0
+    frame = pd.read_csv(tmp_path / "a.csv")
+    frame[column] = {"label": 2, "case": "case_0"}[column]
+    frame.to_csv(tmp_path / "other.csv", index=False)
+    request.getfixturevalue("scores_nothing")
+    assert run("-p", masks, "-g", truth, "--against", tmp_path / "other.csv") == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "other.csv") in error
+    assert {"label": "no scored case of class 1", "case": "case_0 of class 1 more than once"}[column] in error
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json", "--report"])
+@pytest.mark.parametrize("target", ["file/a", "folder"])
+def test_a_target_that_cannot_be_written_is_said_before_anything_is_scored(
+    pairs, tmp_path, capsys, scores_nothing, option, target
+):
+    masks, truth = pairs
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    assert run("-p", masks, "-g", truth, option, tmp_path / target) == 2
+    error = capsys.readouterr().err.lower()
+    assert str(tmp_path / target.split("/")[0]) in error
+    assert "nothing was scored" in error
 
 
 @pytest.mark.parametrize(

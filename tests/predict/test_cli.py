@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -16,7 +17,6 @@ from predict_helpers import photograph
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.evaluation.pairing import index_masks
 from nnunetv2_dermomamba.folder_lock import locked
-from nnunetv2_dermomamba.predict import cli
 from nnunetv2_dermomamba.predict.photos import JOURNAL_FILE
 
 
@@ -283,7 +283,7 @@ def refuse_to_write(monkeypatch, folder):
         assert dir == folder
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
 
 
 @pytest.mark.parametrize("exists", [True, False])
