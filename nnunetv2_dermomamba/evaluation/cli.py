@@ -23,6 +23,8 @@ Defined as follows:
                         undefined: left out of the mean and counted (as
                         nnUNetv2_evaluate_folder); thresholded Jaccard 1 (as
                         the ISIC challenge's scorer)
+  soft DSC              undefined, too, if the ground truth is empty and no
+                        probability is above one half
   one mask empty        DSC, IoU, precision, recall, boundary F1 are 0,
                         distances the image's diagonal
   thresholded Jaccard   IoU, but 0 below 0.65 (ISIC 2018)
@@ -33,6 +35,8 @@ Defined as follows:
   no ground truth       listed, not scored
   sizes differ          listed, not in the figures, exit status 1 (--resize)
   unreadable            listed, not in the figures, exit status 1
+  no or bad map         listed, not in the figures of --probabilities, exit
+                        status 1
 
 Exit status: 0 if every case was scored, 1 if some were not, 2 if nothing was.
 """

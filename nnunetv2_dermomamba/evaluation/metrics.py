@@ -43,7 +43,8 @@ DEFINITIONS = {
 }
 NOTES = (
     "Prediction and ground truth both empty: DSC, IoU, precision, recall, distances and boundary F1 are undefined, as "
-    "in nnUNetv2_evaluate_folder, left out of means and counted; thresholded Jaccard is 1, as the challenge scores it.",
+    "in nnUNetv2_evaluate_folder, left out of means and counted; thresholded Jaccard is 1, as the challenge scores it. "
+    "Soft DSC is undefined where the ground truth is empty and no probability is above one half.",
     "Only one of them empty: DSC, IoU, precision, recall and boundary F1 are 0 and both distances are the image's "
     "diagonal, the largest distance possible, so that a missed lesion weighs in every mean.",
     "Ground truth without background: specificity is undefined.",
@@ -152,10 +153,11 @@ def probability_metrics(probability: np.ndarray, ground_truth: np.ndarray) -> di
         ground_truth: Boolean mask (H, W).
     """
     total = float(probability.sum(dtype=np.float64)) + np.count_nonzero(ground_truth)
+    both_empty = not ground_truth.any() and not (probability > 0.5).any()
     overlap = float(probability.sum(dtype=np.float64, where=ground_truth))
     cut = overlap_metrics(confusion(probability > AUTHORS_THRESHOLD, ground_truth))
     return {
-        "soft_dice": 2 * overlap / total if total else math.nan,
+        "soft_dice": math.nan if both_empty else 2 * overlap / total,
         "authors_precision": cut["precision"],
         "authors_recall": cut["recall"],
     }

@@ -132,6 +132,15 @@ def test_soft_dice_of_a_mask_is_its_dice():
     assert scores["soft_dice"] == pytest.approx(mask_metrics(prediction, truth)["dice"], rel=1e-12)
 
 
+def test_soft_dice_of_empty_images_is_undefined_as_their_dice_is():
+    empty, low = np.zeros((8, 9), dtype=bool), np.full((8, 9), 0.01, np.float32)
+    for probability in (np.zeros((8, 9), np.float32), low, np.full((8, 9), 0.5, np.float32)):
+        assert all(math.isnan(score) for score in probability_metrics(probability, empty).values())
+    lesion = np.where(disc(8, 9, (4, 4), 2), np.float32(0.6), low)
+    assert probability_metrics(lesion, empty)["soft_dice"] == 0
+    assert 0 < probability_metrics(low, disc(8, 9, (4, 4), 2))["soft_dice"] < 0.05
+
+
 def test_wrong_arrays_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 4\) and \(4, 3\)"):
         mask_metrics(np.zeros((3, 4), bool), np.zeros((4, 3), bool))
