@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2_dermomamba.arguments import positive
 from nnunetv2_dermomamba.conversion.dataset import (
     CHANNEL_NAMES,
     SKIPPED_FILE,
@@ -193,7 +194,7 @@ def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
         "paper does (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=available_cores(), metavar="N", help="processes (default: %(default)s)"
+        "--workers", type=positive, default=available_cores(), metavar="N", help="processes (default: %(default)s)"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing data set, once the new one is whole"
@@ -223,14 +224,8 @@ def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _dataset_id(text: str) -> int:
-    number = _positive(text)
+    number = positive(text)
     if number > 999:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to 999")
     return number

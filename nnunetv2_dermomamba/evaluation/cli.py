@@ -44,11 +44,11 @@ Exit status: 0 if every case was scored, 1 if some were not, 2 if nothing was.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_dermomamba.arguments import positive
 from nnunetv2_dermomamba.files import check_writable
 from nnunetv2_dermomamba.predict.options import add_model_arguments
 
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
+
+MOST_PROCESSES = 8  # unless more are asked for
 
 EXAMPLES = """examples:
   dermomamba evaluate -p masks -g truth
@@ -103,13 +105,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each case and class")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with a gallery of all cases")
-    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
+    parser.add_argument("-np", type=positive, metavar="N", help=f"processes (default: cores, at most {MOST_PROCESSES})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``dermomamba evaluate``; returns the exit status."""
     from concurrent.futures.process import BrokenProcessPool
 
+    from nnunetv2_dermomamba.conversion.dataset import available_cores
+
+    args.np = args.np or min(MOST_PROCESSES, available_cores())
     try:
         return _run(args)
     except BrokenProcessPool:

@@ -289,6 +289,26 @@ def test_senseless_options_are_refused(pairs, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_senseless_number_of_processes_is_refused(pairs, capsys, number):
+    masks, truth = pairs
+    with pytest.raises(SystemExit, match="2"):
+        run("-p", masks, "-g", truth, "-np", number)
+    assert "-np: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(3, 3), (64, 8)])
+def test_there_are_as_many_processes_as_cores_that_may_be_used(pairs, capsys, monkeypatch, cores, expected):
+    def note(*_, processes, **__):
+        raise ValueError(f"{processes} processes")
+
+    monkeypatch.setattr("nnunetv2_dermomamba.conversion.dataset.available_cores", lambda: cores)
+    monkeypatch.setattr("nnunetv2_dermomamba.evaluation.evaluate.evaluate", note)
+    masks, truth = pairs
+    assert main(["evaluate", "-p", str(masks), "-g", str(truth)]) == 2
+    assert f"{expected} processes" in capsys.readouterr().err
+
+
 def test_a_killed_worker_is_reported(pairs, capsys, monkeypatch):
     def killed(*_, **__):
         raise BrokenProcessPool
