@@ -1,7 +1,8 @@
 """Masks from photographs, with a trained nnU-Net model.
 
 Writes NAME_mask.png for each photograph, of its own size: 0 and 255, or the
-labels' values if the model has several classes. Folders are kept.
+labels' values if the model has several classes. Folders are kept. In MASKS only
+results of earlier runs are replaced, and one run works at a time.
 Photographs that cannot be read are listed in failed.txt in MASKS; the exit
 status is then 1.
 """
