@@ -96,6 +96,7 @@ class InterruptibleMixin(SafeCheckpointMixin):
             self.train_outputs.append(self.train_step(batch))
             self.iteration += 1
             self._look_after_numbers()
+        skipped = self._skipped_in_a_row()
         self.on_train_epoch_end(self.train_outputs)
         self.running_statistics.repair()
 
@@ -105,7 +106,7 @@ class InterruptibleMixin(SafeCheckpointMixin):
             self.on_validation_epoch_end(
                 [self.validation_step(self._next_batch(self.dataloader_val, step)) for step in steps]
             )
-        self.iteration, self.train_outputs = 0, []
+        self.iteration, self.train_outputs, self.skipped_before = 0, [], skipped
         self.on_epoch_end()
 
     def _next_batch(self, loader: Any, step: int) -> dict:
@@ -123,13 +124,26 @@ class InterruptibleMixin(SafeCheckpointMixin):
     def _look_after_numbers(self) -> None:
         if self.iteration % REPAIR_INTERVAL == 0:
             self.running_statistics.repair()
-        if self.iteration % MOST_SKIPPED == 0 and skipped_at_end(self.train_outputs) >= MOST_SKIPPED:
+        if self.iteration % MOST_SKIPPED == 0:
+            self._skipped_in_a_row()
+
+    def _skipped_in_a_row(self) -> int:
+        """How many of the last steps were skipped, across epochs; waits for the device.
+
+        Raises:
+            NotFiniteError: they are 100 or more.
+        """
+        skipped = skipped_at_end(self.train_outputs)
+        if skipped == len(self.train_outputs):
+            skipped += self.skipped_before
+        if skipped >= MOST_SKIPPED:
             raise NotFiniteError(
                 f"The loss or its gradient was not finite in the last {MOST_SKIPPED} steps, up to iteration "
                 f"{self.iteration} of epoch {self.current_epoch}; they were skipped. Lower the learning rate "
                 f"(initial_lr, now {self.initial_lr}) and train again; {self.output_folder} keeps the checkpoints "
                 "from before."
             )
+        return skipped
 
     def _stop_requested(self) -> bool:
         """Whether any process of this run was told to stop; all of them must leave after the same step."""

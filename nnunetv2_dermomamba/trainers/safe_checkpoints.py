@@ -22,13 +22,16 @@ SAVE_SHARE = 0.01  # of the time may go into writing it
 class SafeCheckpointMixin(nnUNetTrainer):
     """Writes nnU-Net's checkpoints whole or not at all, and ``checkpoint_latest`` every two minutes.
 
-    Beside nnU-Net's own content a checkpoint holds how many steps of its epoch are done and what they returned. nnU-Net
-    and ``dermomamba predict`` read it as any other. The ``checkpoint_latest`` before the last stays as
-    ``checkpoint_previous`` (a hard link, so it is not written again).
+    Beside nnU-Net's own content a checkpoint holds how many steps of its epoch are done, what they returned, and how
+    many were skipped just before. nnU-Net and ``dermomamba predict`` read it as any other. The ``checkpoint_latest``
+    before the last stays as ``checkpoint_previous`` (a hard link, so it is not written again).
     """
 
     iteration = 0
     """Training steps of the present epoch that are done."""
+
+    skipped_before = 0
+    """Steps in a row that were skipped for not being finite, up to the end of the epoch before."""
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class SafeCheckpointMixin(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "iteration": 0,
             "train_outputs": {},
+            "skipped_before": self.skipped_before,
         }
         if within_epoch:
             finished = {name: values[: self.current_epoch] for name, values in checkpoint["logging"].items()}
@@ -126,6 +130,7 @@ class SafeCheckpointMixin(nnUNetTrainer):
         super().load_checkpoint(str(path))
         _lay_out_as_weights(self.optimizer)
         self.iteration = checkpoint.get("iteration", 0)
+        self.skipped_before = checkpoint.get("skipped_before", 0)
         if continuing:
             self.print_to_log_file(f"Going on from {path.name}: {_where(checkpoint)}.")
         self.train_outputs = _rows(checkpoint.get("train_outputs", {}), self.device)

@@ -3,12 +3,13 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from preprocessed_dataset import DATASET, spoil_image
-from small_training import SmallNetwork, make
+from small_training import SmallNetwork, SmallTrainer, make, results
 from torch import nn
 
 from nnunetv2_dermomamba import trainers
@@ -243,6 +244,55 @@ def test_steps_that_stay_not_finite_end_the_run(small, monkeypatch) -> None:
     with pytest.raises(NotFiniteError, match=r"last 20 steps, up to iteration 40 of epoch 0.*Lower the learning rate"):
         trainer.run_training()
     assert finite(trainer.network)
+
+
+def break_loss(trainer: SmallTrainer, broken: Callable[[int], bool]) -> None:
+    """Make the loss NaN in those of all steps, counted over epochs, that are named."""
+    trainer.num_iterations_per_epoch = 40
+    trainer.initialize()
+    loss = trainer.loss
+
+    def loss_or_nan(output, target):
+        return loss(output, target) * (math.nan if broken(40 * trainer.current_epoch + trainer.iteration) else 1)
+
+    trainer.loss = loss_or_nan
+
+
+def test_steps_that_stay_not_finite_end_a_run_of_short_epochs(small) -> None:
+    trainer = make(small)
+    break_loss(trainer, lambda step: step >= 25)
+    with pytest.raises(NotFiniteError, match=r"last 100 steps, up to iteration 40 of epoch 3"):
+        trainer.run_training()
+
+
+def test_a_finite_step_in_an_epoch_begins_the_count_again(small) -> None:
+    trainer = make(small)
+    break_loss(trainer, lambda step: step % 80 != 0)  # 79 in a row, 197 in five epochs
+    trainer.num_epochs = 5
+    trainer.run_training()
+    assert trainer.current_epoch == 5
+
+
+@pytest.mark.parametrize("moment", [(2, 10), (2, 40)])  # within an epoch, and in its validation
+def test_count_of_steps_goes_on_where_a_run_was_interrupted(small, monkeypatch, moment: tuple[int, int]) -> None:
+    def next_batch(self, loader, step):
+        if (self.current_epoch, self.iteration) == moment:
+            self.save_progress()
+            raise InterruptedError
+        return original(self, loader, step)
+
+    original = SmallTrainer._next_batch
+    first = make(small)
+    break_loss(first, lambda step: step >= 25)
+    with monkeypatch.context() as patch:
+        patch.setattr(SmallTrainer, "_next_batch", next_batch)
+        with pytest.raises(InterruptedError):
+            first.run_training()
+    second = make(small, continue_training=True)
+    break_loss(second, lambda step: step >= 25)
+    second.load_checkpoint(str(results(small) / "checkpoint_latest.pth"))
+    with pytest.raises(NotFiniteError, match=r"up to iteration 40 of epoch 3"):
+        second.run_training()
 
 
 @pytest.mark.faults
