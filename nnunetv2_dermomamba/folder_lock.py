@@ -20,7 +20,7 @@ def locked(folder: Path, taken: Exception) -> Iterator[None]:
     """Keep out of a folder every other process that would lock it; a kill leaves no lock.
 
     Args:
-        folder: It exists.
+        folder: It, or a file that stands for it, exists.
         taken: Raised if another process has it.
     """
     if fcntl is None:

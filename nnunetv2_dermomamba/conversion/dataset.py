@@ -2,7 +2,8 @@
 
 Everything is built in a hidden sibling, ``.<name>.partial``, with a journal of the finished cases; a killed conversion
 goes on from there. The complete data set is renamed into place; an old one is moved aside to ``.<name>.replaced`` for
-the moment between two renames, and put back by the next run if a kill falls into that moment.
+the moment between two renames, and put back by the next run if a kill falls into that moment. One conversion at a time
+does so: it locks ``.<name>.lock``, an empty file that stays.
 """
 
 from __future__ import annotations
@@ -101,16 +102,14 @@ def convert_dataset(
         OSError: Something cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not os.path.lexists(folder):
-        replaced.rename(folder)
-    _remove(replaced)
-    if os.path.lexists(folder) and not options.overwrite:
-        raise ConversionError(f"{str(folder)!r} exists. Give --overwrite to replace it, or another --dataset-id.")
-    partial.mkdir(exist_ok=True)
-    with locked(partial, ConversionError(f"another conversion is at work in {str(partial)!r}")):
-        staging = partial / "dataset"
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.touch()  # it stays: were it removed, two conversions could hold the locks of two files of this name
+    with locked(lock, ConversionError(f"another conversion to {str(folder)!r} is at work; wait, or stop it")):
+        _put_back(folder)
+        if os.path.lexists(folder) and not options.overwrite:
+            raise ConversionError(f"{str(folder)!r} exists. Give --overwrite to replace it, or another --dataset-id.")
+        partial = folder.with_name(f".{folder.name}.partial")
+        partial.mkdir(exist_ok=True)
         records, problems = _convert_cases(inventory, partial, options)
         problems = sorted(inventory.problems + problems, key=lambda problem: problem.case_id)
         if problems and not options.skip_bad:
@@ -120,17 +119,35 @@ def convert_dataset(
                 "Mend or remove what is bad, or give --skip-bad to go on without it. "
                 f"No data set was written; the cases already converted wait in {str(partial)!r} for the next run."
             )
-        _finish(staging, records, problems, description, options)
+        _finish(partial / "dataset", records, problems, description, options)
         _say_what_was_stretched(records)
         before_publishing(sorted(record["case"] for record in records if record["subset"] == "training"))
-        if hasattr(os, "sync"):
-            os.sync()  # so that after a power cut, too, what has its final name is whole
-        if os.path.lexists(folder):
-            folder.rename(replaced)
-        staging.rename(folder)
-        shutil.rmtree(partial)
-        _remove(replaced)
+        _publish(partial, folder)
     return problems
+
+
+def _put_back(folder: Path) -> None:
+    """Mend what a kill between the two renames of `_publish`, or right behind them, left."""
+    replaced = _replaced(folder)
+    if replaced.exists() and not os.path.lexists(folder):
+        replaced.rename(folder)
+    _remove(replaced)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Give the complete data set its name, and remove what it replaces."""
+    if hasattr(os, "sync"):
+        os.sync()  # so that after a power cut, too, what has its final name is whole
+    replaced = _replaced(folder)
+    if os.path.lexists(folder):
+        folder.rename(replaced)
+    (partial / "dataset").rename(folder)
+    shutil.rmtree(partial)
+    _remove(replaced)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def _convert_cases(inventory: Inventory, partial: Path, options: Options) -> tuple[list[dict], list[Problem]]:

@@ -19,6 +19,7 @@ from nnunetv2_dermomamba.conversion.isic2018 import DESCRIPTION, find_isic2018, 
 from nnunetv2_dermomamba.folder_lock import locked
 
 NAME = "Dataset118_ISIC2018"
+LOCK = f".{NAME}.lock"
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_mending_the_source_reconverts_only_what_changed(isic, raw, monkeypatch)
     assert convert(isic) == 0
     assert converted == ["b", "d"]
     assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png", "d.png"]
-    assert os.listdir(raw) == [NAME]
+    assert sorted(os.listdir(raw)) == [LOCK, NAME]
 
 
 def test_another_size_starts_again(isic, raw):
@@ -122,19 +123,20 @@ def test_another_size_starts_again(isic, raw):
 def test_existing_data_set_is_kept_unless_overwrite_succeeds(isic, raw, capsys):
     isic.add("a")
     assert convert(isic) == 0
-    before = contents(raw)
+    before = contents(raw / NAME)
     assert convert(isic, "--size", "12x16") == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert contents(raw) == before
+    assert contents(raw / NAME) == before
+    assert sorted(os.listdir(raw)) == [LOCK, NAME]
     isic.add("b")
     mask = isic.files("b")[1]
     mask.rename(mask.with_name("z_segmentation.png"))
     assert convert(isic, "--overwrite") == 1
-    assert contents(raw / NAME) == contents(raw / NAME) | {k.removeprefix(f"{NAME}/"): v for k, v in before.items()}
+    assert contents(raw / NAME) == before
     mask.with_name("z_segmentation.png").rename(mask)
     assert convert(isic, "--overwrite") == 0
     assert sorted(os.listdir(raw / NAME / "labelsTr")) == ["a.png", "b.png"]
-    assert os.listdir(raw) == [NAME]
+    assert sorted(os.listdir(raw)) == [LOCK, NAME]
 
 
 def test_a_linked_data_set_folder_is_replaced_not_followed(isic, raw, tmp_path):
@@ -184,12 +186,30 @@ def test_no_write_permission(isic, nnunet, monkeypatch, capsys):
 
 def test_two_conversions_at_once(isic, raw, capsys):
     isic.add("a")
-    partial = raw / f".{NAME}.partial"
-    partial.mkdir(parents=True)
-    with locked(partial, AssertionError()):
-        assert convert(isic) == 1
-    assert "another conversion" in capsys.readouterr().err
     assert convert(isic) == 0
+    (raw / NAME).rename(raw / f".{NAME}.replaced")  # as it is for a moment while the other one publishes
+    with locked(raw / LOCK, AssertionError()):
+        assert convert(isic, "--overwrite") == 1
+    assert "another conversion" in capsys.readouterr().err
+    assert sorted(os.listdir(raw)) == [LOCK, f".{NAME}.replaced"]
+    assert convert(isic, "--overwrite") == 0
+
+
+def test_a_data_set_that_another_conversion_publishes_meanwhile_is_kept(isic, raw, monkeypatch, capsys):
+    isic.add("a")
+
+    def locked_behind_another(*arguments):
+        patch.undo()
+        assert convert(isic) == 0
+        published.append(contents(raw / NAME))
+        return locked(*arguments)
+
+    published = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "locked", locked_behind_another)
+        assert convert(isic, "--size", "12x16") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert published == [contents(raw / NAME)]
 
 
 def test_a_full_disk_leaves_no_half_file(isic, raw, capsys):
@@ -231,7 +251,7 @@ def test_a_write_that_fails_at_any_step(isic, raw, capsys, monkeypatch, number, 
     assert contents(raw / NAME) == before
     assert convert(isic, "--overwrite") == 0
     assert Image.open(raw / NAME / "imagesTr" / "c_0000.png").size == (32, 24)
-    assert os.listdir(raw) == [NAME]
+    assert sorted(os.listdir(raw)) == [LOCK, NAME]
 
 
 def test_says_once_how_many_images_were_stretched(isic, raw, capsys):
@@ -395,7 +415,7 @@ def test_killed_and_run_again(isic, raw):
     wait_for(lambda: not any(alive(worker) for worker in workers))
     assert run_in_process(isic, "--workers", "2").wait() == 0
     assert contents(raw / NAME) == expected
-    assert sorted(os.listdir(raw)) == [NAME, "expected"]
+    assert sorted(os.listdir(raw)) == [LOCK, NAME, "expected"]
 
 
 def test_interrupted(isic, raw):
@@ -436,4 +456,4 @@ def test_killed_at_a_random_moment_of_overwriting(isic, raw, seed):
     assert now == old or json.loads(now["dataset.json"])["dermomamba_conversion"]["size"] == [192, 256]
     assert len(now) == len(old)
     assert run_in_process(isic, "--workers", "1", "--overwrite").wait() == 0
-    assert os.listdir(raw) == [NAME]
+    assert sorted(os.listdir(raw)) == [LOCK, NAME]
