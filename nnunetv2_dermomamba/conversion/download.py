@@ -11,12 +11,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.conversion.pairing import find_folder, folder_around
 
 __all__ = ["download", "download_archives"]
 
@@ -25,8 +26,11 @@ ATTEMPTS = 5
 CHUNK_BYTES = 1 << 20
 
 
-def download_archives(names: Iterable[str], address: str, folder: Path) -> None:
+def download_archives(names: Collection[str], address: str, folder: Path) -> None:
     """Fetch ``<name>.zip`` for every name whose folder is missing, and unpack it to ``folder/<name>``.
+
+    Missing is what the conversion would not find, wherever below the folder; one of the names' folders stands for that
+    around it.
 
     A folder appears only when it is complete; its archive is removed then, so that the disk need not hold all twice.
 
@@ -36,12 +40,13 @@ def download_archives(names: Iterable[str], address: str, folder: Path) -> None:
         folder: Made if missing.
 
     Raises:
-        ConversionError: An archive cannot be fetched, or is damaged.
+        ConversionError: An archive cannot be fetched, or is damaged, or its folder is there twice.
         OSError: It cannot be written.
     """
+    folder = folder_around(folder, names)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        if not (folder / name).is_dir():
+        if find_folder(folder, name) is None:
             archive = folder / f"{name}.zip"
             if not archive.exists():
                 download(f"{address.rstrip('/')}/{archive.name}", archive)

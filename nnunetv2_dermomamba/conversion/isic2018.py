@@ -15,7 +15,7 @@ from pathlib import Path
 from nnunetv2_dermomamba.conversion.cli import DatasetKind, run
 from nnunetv2_dermomamba.conversion.dataset import Description
 from nnunetv2_dermomamba.conversion.errors import SourceNotFoundError
-from nnunetv2_dermomamba.conversion.pairing import Inventory, find_folder, image_files, merge, pair
+from nnunetv2_dermomamba.conversion.pairing import Inventory, find_folder, folder_around, image_files, merge, pair
 
 __all__ = ["ARCHIVES", "ISIC2018", "find_isic2018", "main"]
 
@@ -54,8 +54,7 @@ def find_isic2018(source: Path) -> Inventory:
         SourceNotFoundError: The training images or masks are not there; the message names the archives.
         ConversionError: A folder is there twice.
     """
-    while source.name in ARCHIVES:
-        source = source.parent
+    source = folder_around(source, ARCHIVES)
     if not source.is_dir():
         raise SourceNotFoundError(how_to_get(source))
     folders = {subset: tuple(find_folder(source, name) for name in names) for subset, names in SUBSETS.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ __all__ = [
     "Inventory",
     "Problem",
     "find_folder",
+    "folder_around",
     "image_files",
     "merge",
     "pair",
@@ -158,6 +159,13 @@ def find_folder(root: Path, name: str) -> Path | None:
         listed = ", ".join(repr(str(folder)) for folder in found)
         raise ConversionError(f"several folders are named {name}: {listed}. Give --source the one that is meant.")
     return found[0] if found else None
+
+
+def folder_around(folder: Path, names: Collection[str]) -> Path:
+    """The folder itself or, where it has one of the names, the first above it that has none of them."""
+    while folder.name in names:
+        folder = folder.parent
+    return folder
 
 
 def _name_problem(case_id: str) -> str | None:

@@ -2,6 +2,7 @@ import contextlib
 import http.server
 import io
 import os
+import shutil
 import threading
 import zipfile
 
@@ -182,6 +183,19 @@ def test_downloads_and_converts(server, isic, nnunet, tmp_path):
     with contextlib.suppress(KeyError):
         del server.files[f"{ARCHIVES[-1]}.zip"]
     assert main([*options, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("source", ["..", ".", ARCHIVES[0]])
+def test_what_the_conversion_finds_is_not_downloaded_again(server, isic, nnunet, source):
+    for number, subset in enumerate(SUBSETS):
+        isic.add(f"ISIC_{number:07d}", subset=subset)
+    missing = isic.root / ARCHIVES[-1]
+    server.files[f"{ARCHIVES[-1]}.zip"] = archive(missing, ARCHIVES[-1])
+    shutil.rmtree(missing)
+    options = ["--download", server.address, "--source", str(isic.root / source), "--workers", "1"]
+    assert main(options) == 0
+    assert [path for path, _ in server.requests] == [f"/{ARCHIVES[-1]}.zip"]
+    assert len(list((nnunet / "nnUNet_raw" / "Dataset118_ISIC2018").rglob("*.png"))) == 6
 
 
 def test_a_refused_download_is_an_error(server, nnunet, tmp_path, capsys):
