@@ -188,6 +188,16 @@ def test_resumed_run_ends_as_an_uninterrupted_one(interrupted, monkeypatch, tmp_
     assert not same(weights(results(tmp_path / "other") / "checkpoint_final.pth"), straight["network_weights"])
 
 
+def test_checkpoint_from_before_skipped_steps_were_in_it_is_gone_on_from(interrupted) -> None:
+    path = results(interrupted) / "checkpoint_latest.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["skipped_before"]
+    write_checkpoint(checkpoint, path)
+    trainer = make(interrupted, continue_training=True)
+    trainer.load_checkpoint(str(path))
+    assert (trainer.current_epoch, trainer.iteration, trainer.skipped_before) == (1, 2, 0)
+
+
 def test_resumed_run_of_the_real_network_ends_as_an_uninterrupted_one(small, monkeypatch, tmp_path) -> None:
     """Narrow; stopped within the second epoch, behind a validation."""
 
