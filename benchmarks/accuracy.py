@@ -37,7 +37,6 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from recipes import SETTINGS, Setting
 from torch import nn
 
-from nnunetv2_dermomamba.augmentation.colour_jitter import ColourJitterMixin
 from nnunetv2_dermomamba.augmentation.trainer_mixin import DeviceAugmentationMixin
 from nnunetv2_dermomamba.evaluation.aggregate import PER_IMAGE, Figure, summarise
 from nnunetv2_dermomamba.evaluation.compare import Difference, compare
@@ -133,10 +132,8 @@ def build_trainer(run: Run, arguments: argparse.Namespace) -> nnUNetTrainer:
     configuration = plans["configurations"]["2d"]
     configuration |= setting.plan_changes | ({"batch_size": run.batch} if run.batch else {})
     kind = recursive_find_trainer_class_by_name(setting.trainer)
-    mixins = ([ColourJitterMixin] if setting.colour_jitter else []) + (
-        [] if issubclass(kind, DeviceAugmentationMixin) else [DeviceAugmentationMixin]
-    )
-    kind = type(kind.__name__, (*mixins, kind), {})
+    device = () if issubclass(kind, DeviceAugmentationMixin) else (DeviceAugmentationMixin,)
+    kind = type(kind.__name__, (*setting.mixins, *device, kind), {})
     trainer = kind(plans, "2d", 0, dataset, torch.device(arguments.device))
     for name, value in setting.trainer_changes.items():
         if not hasattr(trainer, name):

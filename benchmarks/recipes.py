@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from averaging import AveragedWeightsMixin
+from colour_jitter import ColourJitterMixin
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -15,7 +18,7 @@ class Setting:
         plans: nnU-Net's plans, where they must be others than those asked for.
         trainer_changes: attributes of the trainer that are set before it builds anything.
         plan_changes: entries of the plans' 2D configuration.
-        colour_jitter: add ``ColourJitterMixin``.
+        mixins: listed before the trainer.
         epochs: into how many the presentations are split; None for passes over the training images.
         validation_images: validated after every epoch, for the log or for a schedule that follows it.
     """
@@ -24,7 +27,7 @@ class Setting:
     plans: str | None = None
     trainer_changes: dict[str, Any] = field(default_factory=dict)
     plan_changes: dict[str, Any] = field(default_factory=dict)
-    colour_jitter: bool = False
+    mixins: tuple[type, ...] = ()
     epochs: int | None = None
     validation_images: int = 32
 
@@ -50,8 +53,8 @@ SETTINGS = {
     "warm-up-none": replace(DERMOMAMBA, trainer_changes={"warmup_epochs": 0.0}),
     "warm-up-double": replace(DERMOMAMBA, trainer_changes={"warmup_epochs": 2.0}),
     "attention-scalar": replace(DERMOMAMBA, trainer_changes={"attention": "scalar"}),
-    "ema": replace(DERMOMAMBA, trainer_changes={"ema_decay": 0.999}),
-    "colour-jitter": replace(DERMOMAMBA, colour_jitter=True),
+    "ema": replace(DERMOMAMBA, mixins=(AveragedWeightsMixin,)),
+    "colour-jitter": replace(DERMOMAMBA, mixins=(ColourJitterMixin,)),
     "foreground-oversampled": replace(DERMOMAMBA, trainer_changes={"oversample_foreground_percent": 0.33}),
     "image-dice": replace(DERMOMAMBA, plan_changes={"batch_dice": False}),
     "dice-ce-image-dice": Setting("nnUNetTrainerDermoMambaDiceCE", plan_changes={"batch_dice": False}),

@@ -103,3 +103,14 @@ def plans() -> dict:
 @pytest.fixture
 def dataset_json() -> dict:
     return {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "rim": 1, "core": 2}}
+
+
+@pytest.fixture
+def small(preprocessed, plans, dataset_json, monkeypatch):
+    """Folder of a reproducible training by small_training.py; its results are in ``results(folder)``."""
+    plans["configurations"]["2d"]["batch_size"] = 2
+    (preprocessed / "plans.json").write_text(json.dumps(plans))
+    (preprocessed / "dataset.json").write_text(json.dumps(dataset_json))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("DERMOMAMBA_SEED", "5")
+    return preprocessed

@@ -54,16 +54,18 @@ class SmallTrainer(nnUNetTrainerDermoMambaDiceCE):
         return SmallNetwork(num_input_channels, num_output_channels)
 
 
-def make(folder: Path, continue_training: bool = False, device: str = "cpu") -> SmallTrainer:
+def make(
+    folder: Path, continue_training: bool = False, device: str = "cpu", kind: type[SmallTrainer] = SmallTrainer
+) -> SmallTrainer:
     """A trainer for ``plans.json`` and ``dataset.json`` of a folder."""
     plans, dataset = (json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json"))
     plans["continue_training"] = continue_training
-    return SmallTrainer(plans, "2d", 0, dataset, torch.device(device))
+    return kind(plans, "2d", 0, dataset, torch.device(device))
 
 
-def results(folder: Path) -> Path:
+def results(folder: Path, kind: type[SmallTrainer] = SmallTrainer) -> Path:
     """Where the trainer leaves its log and checkpoints."""
-    return folder / "Dataset999_Ellipses" / "SmallTrainer__nnUNetPlans__2d" / "fold_0"
+    return folder / "Dataset999_Ellipses" / f"{kind.__name__}__nnUNetPlans__2d" / "fold_0"
 
 
 def train(folder: Path, continue_training: bool, device: str = "cpu") -> None:

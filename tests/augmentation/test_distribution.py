@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -194,6 +195,8 @@ def test_what_cannot_be_translated_is_named():
     transforms.transforms = [MyTransform(transforms.transforms[2])]
     with pytest.raises(UntranslatableTransformError, match="MyTransform"):
         augmenter(transforms)
+    with pytest.raises(UntranslatableTransformError, match="synchronize_channels=True"):
+        augmenter(RandomTransform(BrightnessAdditiveTransform(0, 1, synchronize_channels=True), 0.5))
 
 
 def batch_of_lesions(count: int) -> tuple[torch.Tensor, torch.Tensor]:

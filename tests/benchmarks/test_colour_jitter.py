@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from colour_jitter import GAIN, PROBABILITY, SHIFT, ColourJitterMixin
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy import stats
 
-from nnunetv2_dermomamba.augmentation.colour_jitter import GAIN, PROBABILITY, SHIFT, ColourJitterMixin
-from nnunetv2_dermomamba.augmentation.parameters import UntranslatableTransformError
 from nnunetv2_dermomamba.augmentation.translate import BatchAugmenter
 
 DRAWS = 4000
@@ -55,9 +53,3 @@ def test_both_paths_have_one_distribution(n: int) -> None:
         assert stats.ks_2samp(changed[0][:, channel], changed[1][:, channel]).pvalue > P_VALUE
     expected = (stats.uniform(GAIN[0], GAIN[1] - GAIN[0]), stats.norm(1, SHIFT))[n]
     assert stats.kstest(changed[0][:, 0], expected.cdf).pvalue > P_VALUE
-
-
-def test_shift_shared_by_channels_is_refused() -> None:
-    transform = RandomTransform(BrightnessAdditiveTransform(0, 1, synchronize_channels=True), 0.5)
-    with pytest.raises(UntranslatableTransformError, match="synchronize_channels=True"):
-        augmenter(transform)

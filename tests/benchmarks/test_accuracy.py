@@ -4,18 +4,18 @@ import csv
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import accuracy as script
 import numpy as np
 import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
-from preprocessed_dataset import case, class_locations, plans  # noqa: F401  (fixture)
+from preprocessed_dataset import case, class_locations
+from recipes import SETTINGS
 from tolerances import relative_error
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 DATASET = "Dataset118_Ellipses"
 HALF_ROUNDINGS = 4 * torch.finfo(torch.float16).eps  # the sliding window weights, adds and divides in float16
 CASES = [f"case_{n:02d}" for n in range(15)]
@@ -32,19 +32,14 @@ RESAMPLING = {
 
 @pytest.fixture
 def accuracy(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import accuracy
-
-    for name, setting in accuracy.SETTINGS.items():
-        monkeypatch.setitem(accuracy.SETTINGS, name, replace(setting, validation_images=4))
-    yield accuracy
-    for name in ("accuracy", "recipes"):
-        sys.modules.pop(name, None)
+    """The script as a module, with short validations."""
+    for name, setting in SETTINGS.items():
+        monkeypatch.setitem(SETTINGS, name, replace(setting, validation_images=4))
+    return script
 
 
 @pytest.fixture
-def source(tmp_path, plans, monkeypatch):  # noqa: F811
+def source(tmp_path, plans, monkeypatch):
     """A data set of ellipses as nnU-Net leaves it when it has preprocessed it."""
     folder = tmp_path / "preprocessed" / DATASET
     (folder / "nnUNetPlans_2d").mkdir(parents=True)
@@ -184,8 +179,6 @@ def test_mistakes_are_told(accuracy, run) -> None:
 def test_settings_change_what_trainers_have(accuracy, run, source, tmp_path) -> None:
     """Every setting of the registry builds its trainer (SystemExit for an attribute that it lacks)."""
     import argparse
-
-    from recipes import SETTINGS
 
     arguments = argparse.Namespace(device="cpu", augment_on_device=False)
     for name, setting in SETTINGS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.intensity.brightness import (
@@ -11,17 +11,12 @@ from batchgeneratorsv2.transforms.intensity.brightness import (
 )
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
-if TYPE_CHECKING:
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Trainer
-else:
-    Trainer = object
-
 PROBABILITY = 0.5
 GAIN = (0.8, 1.2)
 SHIFT = 0.2  # in standard deviations of an image's channel, nnU-Net's unit after z-score normalisation
 
 
-class ColourJitterMixin(Trainer):
+class ColourJitterMixin:
     """Multiplies and shifts each colour channel by its own amount, before nnU-Net's augmentations; list it first.
 
     On z-scored images these change contrast and colour balance. nnU-Net's own pipeline has the gain, for 15 % of the
