@@ -7,20 +7,16 @@ calls them, launches included; "graph" replays a CUDA graph, so it is what the d
 """
 
 import argparse
-import itertools
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from contenders import median_ms
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from scipy.ndimage import distance_transform_edt
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss, distance_to_opposite
-
-REPETITIONS = {"cuda": 200, "cpu": 10}
 
 
 def lesions(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -55,28 +51,6 @@ def check_exact(device: torch.device, height: int, width: int) -> int:
         if not np.array_equal(result, scipy_distance(mask)):
             raise SystemExit(f"the distance of mask {n}, shape {mask.shape}, is not SciPy's")
     return len(masks)
-
-
-def median_ms(function: Callable[[], object], device: torch.device) -> float:
-    for _ in range(5):
-        function()
-    repetitions = REPETITIONS[device.type]
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-        torch.cuda.synchronize()
-        for event in events[:-1]:
-            event.record()
-            function()
-        events[-1].record()
-        torch.cuda.synchronize()
-        times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
-    else:
-        times = []
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            function()
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def graph_ms(function: Callable[[], object], device: torch.device) -> float:
