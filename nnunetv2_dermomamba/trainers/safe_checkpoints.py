@@ -10,11 +10,13 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT
+
 from .checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
 
 LATEST = "checkpoint_latest.pth"
 PREVIOUS = "checkpoint_previous.pth"
-NAMES = ("checkpoint_final.pth", LATEST, PREVIOUS, "checkpoint_best.pth")
+NAMES = (FINAL_CHECKPOINT, LATEST, PREVIOUS, "checkpoint_best.pth")
 SAVE_INTERVAL = 120.0  # seconds between two of checkpoint_latest: what a kill costs
 SAVE_SHARE = 0.01  # of the time may go into writing it
 
