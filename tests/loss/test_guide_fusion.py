@@ -401,7 +401,8 @@ def _process(rank: int, rendezvous: str) -> None:
 
 
 def test_two_processes_equal_the_joint_batch(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     commands = [[sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")] for rank in (0, 1)]
     processes = [subprocess.Popen(command, env=environment) for command in commands]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
