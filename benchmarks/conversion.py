@@ -17,10 +17,10 @@ from PIL import Image
 
 from nnunetv2_dermomamba.conversion.case import convert_case
 from nnunetv2_dermomamba.conversion.cli import size
-from nnunetv2_dermomamba.conversion.images import read_photograph
 from nnunetv2_dermomamba.conversion.isic2018 import find_isic2018
 from nnunetv2_dermomamba.conversion.pairing import Case
-from nnunetv2_dermomamba.png import write_png
+from nnunetv2_dermomamba.images.photograph import read_photograph
+from nnunetv2_dermomamba.images.png import write_png
 from nnunetv2_dermomamba.synthetic import draw_case
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_writable", "remove_unfinished", "whole_file", "write_file"]
+__all__ = ["MAX_NAME_BYTES", "check_writable", "remove_unfinished", "whole_file", "write_file"]
 
+MAX_NAME_BYTES = 255  # of one file name, on common file systems
 UNFINISHED = ".writing-"
 
 

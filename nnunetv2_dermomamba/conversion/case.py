@@ -6,12 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import SIDEWAYS, TRANSPOSE, Photograph, read_photograph
-from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.conversion.pairing import Case, Problem
-from nnunetv2_dermomamba.conversion.resample import resize_mask
-from nnunetv2_dermomamba.png import write_png
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.masks import read_mask
+from nnunetv2_dermomamba.images.photograph import SIDEWAYS, TRANSPOSE, Photograph, read_photograph
+from nnunetv2_dermomamba.images.png import write_png
+from nnunetv2_dermomamba.images.resample import resize_mask
 
 __all__ = ["convert_case", "output_files"]
 

@@ -17,13 +17,13 @@ from nnunetv2_dermomamba.conversion.dataset import (
     SKIPPED_FILE,
     Description,
     Options,
-    available_cores,
     convert_dataset,
 )
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.pairing import Inventory
 from nnunetv2_dermomamba.conversion.paper_split import PAPER_CASES, paper_split, write_paper_split
-from nnunetv2_dermomamba.conversion.resample import MAX_SIDE
+from nnunetv2_dermomamba.cores import available_cores
+from nnunetv2_dermomamba.images.resample import MAX_SIDE
 
 __all__ = ["DatasetKind", "run", "size"]
 

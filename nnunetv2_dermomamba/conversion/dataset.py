@@ -27,10 +27,11 @@ from tqdm import tqdm
 from nnunetv2_dermomamba.conversion.case import convert_case, output_files
 from nnunetv2_dermomamba.conversion.errors import ConversionError
 from nnunetv2_dermomamba.conversion.pairing import Case, Inventory, Problem
+from nnunetv2_dermomamba.cores import available_cores
 from nnunetv2_dermomamba.folder_lock import locked
 from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
 
-__all__ = ["CHANNEL_NAMES", "CONVERSION_KEY", "Description", "Options", "available_cores", "convert_dataset"]
+__all__ = ["CHANNEL_NAMES", "CONVERSION_KEY", "Description", "Options", "convert_dataset"]
 
 # nnU-Net derives the normalisation from the channel names: these mean z-score per image, and division by 255.
 CHANNEL_NAMES = {"zscore": ("R", "G", "B"), "rgb_to_0_1": ("rgb_to_0_1",) * 3}
@@ -67,14 +68,9 @@ class Options:
 
     shape: tuple[int, int] | None = (192, 256)
     normalization: str = "zscore"
-    workers: int = field(default_factory=lambda: available_cores())
+    workers: int = field(default_factory=available_cores)
     overwrite: bool = False
     skip_bad: bool = False
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def convert_dataset(

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunetv2_dermomamba.conversion.errors import ConversionError
+from nnunetv2_dermomamba.files import MAX_NAME_BYTES
+from nnunetv2_dermomamba.images.photograph import IMAGE_SUFFIXES
 
 __all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_NAME_BYTES",
     "Case",
     "Inventory",
     "Problem",
@@ -23,8 +23,6 @@ __all__ = [
     "pair",
 ]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
-MAX_NAME_BYTES = 255  # of one file name, on common file systems
 SEARCH_DEPTH = 3
 
 

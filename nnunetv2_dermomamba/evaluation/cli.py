@@ -49,6 +49,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2_dermomamba.arguments import positive
+from nnunetv2_dermomamba.cores import available_cores
 from nnunetv2_dermomamba.files import check_writable
 from nnunetv2_dermomamba.predict.options import add_model_arguments
 
@@ -111,8 +112,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``dermomamba evaluate``; returns the exit status."""
     from concurrent.futures.process import BrokenProcessPool
-
-    from nnunetv2_dermomamba.conversion.dataset import available_cores
 
     args.np = args.np or min(MOST_PROCESSES, available_cores())
     try:

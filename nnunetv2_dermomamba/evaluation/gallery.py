@@ -12,7 +12,7 @@ from matplotlib.path import Path as Polygon
 from PIL import Image
 from skimage.measure import find_contours
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.images.errors import ImageReadError
 from nnunetv2_dermomamba.predict.reading import read_photo
 
 __all__ = ["Drawing", "draw"]

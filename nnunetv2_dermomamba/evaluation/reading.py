@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_dermomamba.conversion.errors import AmbiguousMaskError, ImageReadError
-from nnunetv2_dermomamba.conversion.images import exif_orientation, open_image, turn_upright
-from nnunetv2_dermomamba.conversion.masks import read_mask
+from nnunetv2_dermomamba.images.errors import AmbiguousMaskError, ImageReadError
+from nnunetv2_dermomamba.images.masks import read_mask
+from nnunetv2_dermomamba.images.photograph import exif_orientation, open_image, turn_upright
 
 __all__ = ["MaskError", "read_labels", "read_probability"]
 

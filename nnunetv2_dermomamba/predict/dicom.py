@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import MAX_PIXELS
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.photograph import MAX_PIXELS
 
 __all__ = ["main", "read_dicom"]
 

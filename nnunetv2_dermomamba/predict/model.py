@@ -29,7 +29,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunetv2_dermomamba.conversion.dataset import CONVERSION_KEY
-from nnunetv2_dermomamba.conversion.resample import MAX_SIDE
+from nnunetv2_dermomamba.images.resample import MAX_SIDE
 from nnunetv2_dermomamba.network import DermoMamba
 
 __all__ = ["FINAL_CHECKPOINT", "Model", "ModelError", "build_network", "load_checkpoint", "load_model"]

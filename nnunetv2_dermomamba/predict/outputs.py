@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_dermomamba.conversion.pairing import MAX_NAME_BYTES
+from nnunetv2_dermomamba.files import MAX_NAME_BYTES
 from nnunetv2_dermomamba.predict.photos import OVERLAY_ENDING
 from nnunetv2_dermomamba.predict.rendering import Classes
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_dermomamba.conversion.pairing import IMAGE_SUFFIXES
+from nnunetv2_dermomamba.images.photograph import IMAGE_SUFFIXES
 from nnunetv2_dermomamba.predict.reading import is_dicom
 
 __all__ = [

@@ -15,7 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.images import Photograph
+from nnunetv2_dermomamba.images.photograph import Photograph
 from nnunetv2_dermomamba.network.ss2d import SS2D
 from nnunetv2_dermomamba.ops import describe_choice
 from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT, ModelError, build_network, load_model

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import (
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.photograph import (
     FORMATS,
     Photograph,
     as_photograph,
@@ -16,7 +16,7 @@ from nnunetv2_dermomamba.conversion.images import (
     open_image,
     turn_upright,
 )
-from nnunetv2_dermomamba.conversion.resample import resize_image
+from nnunetv2_dermomamba.images.resample import resize_image
 from nnunetv2_dermomamba.predict.dicom import read_dicom
 
 __all__ = ["is_dicom", "photo_in_memory", "read_photo"]

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
 from nnunetv2_dermomamba.files import remove_unfinished, write_file
 from nnunetv2_dermomamba.folder_lock import locked
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.png import write_png
 from nnunetv2_dermomamba.journal import Journal, fingerprint
-from nnunetv2_dermomamba.png import write_png
 from nnunetv2_dermomamba.predict.earlier import earlier_entries, remove_results, take_up
 from nnunetv2_dermomamba.predict.measurements import measure, write_csv
 from nnunetv2_dermomamba.predict.outputs import Outputs

@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from nnunetv2_dermomamba.conversion.case import convert_case
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION
 from nnunetv2_dermomamba.conversion.pairing import Case, Problem
+from nnunetv2_dermomamba.images.photograph import EXIF_ORIENTATION
 from nnunetv2_dermomamba.synthetic import draw_case
 
 

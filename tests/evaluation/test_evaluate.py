@@ -302,7 +302,7 @@ def test_there_are_as_many_processes_as_cores_that_may_be_used(pairs, capsys, mo
     def note(*_, processes, **__):
         raise ValueError(f"{processes} processes")
 
-    monkeypatch.setattr("nnunetv2_dermomamba.conversion.dataset.available_cores", lambda: cores)
+    monkeypatch.setattr("nnunetv2_dermomamba.evaluation.cli.available_cores", lambda: cores)
     monkeypatch.setattr("nnunetv2_dermomamba.evaluation.evaluate.evaluate", note)
     masks, truth = pairs
     assert main(["evaluate", "-p", str(masks), "-g", str(truth)]) == 2

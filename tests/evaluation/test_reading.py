@@ -4,9 +4,9 @@ import SimpleITK as sitk
 from masks import disc
 from PIL import Image, ImageFilter
 
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION
-from nnunetv2_dermomamba.conversion.masks import read_mask
 from nnunetv2_dermomamba.evaluation.reading import MaskError, read_labels, read_probability
+from nnunetv2_dermomamba.images.masks import read_mask
+from nnunetv2_dermomamba.images.photograph import EXIF_ORIENTATION
 
 MASK = disc(40, 60, (20, 30), 12)
 

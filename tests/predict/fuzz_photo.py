@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK
 from fuzz_reader import mutate
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.images.errors import ImageReadError
 from nnunetv2_dermomamba.predict import dicom
 from nnunetv2_dermomamba.predict.reading import read_photo
 

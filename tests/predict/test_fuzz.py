@@ -1,4 +1,4 @@
-"""The kinds of photographs that only prediction reads; the others are in tests/conversion/test_fuzz.py."""
+"""The kinds of photographs that only prediction reads; the others are in tests/images/test_fuzz.py."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import SimpleITK
 from PIL import Image
 from predict_helpers import photograph
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.images.errors import ImageReadError
 from nnunetv2_dermomamba.predict import dicom
 
 FUZZ = Path(__file__).with_name("fuzz_photo.py")
@@ -25,7 +25,7 @@ def fuzz(folder: Path, name: str, count: int) -> None:
     else:
         image = SimpleITK.GetImageFromArray(pixels, isVector=True)
         SimpleITK.WriteImage(image, folder / name, useCompression=name.startswith("compressed"))
-    environment = os.environ | {"PYTHONPATH": str(FUZZ.parents[1] / "conversion")}
+    environment = os.environ | {"PYTHONPATH": str(FUZZ.parents[1] / "images")}
     done = subprocess.run(
         [sys.executable, str(FUZZ), str(folder / name), str(count)],
         env=environment, capture_output=True, text=True, timeout=900, check=False,

@@ -6,8 +6,8 @@ from PIL import Image
 from predict_helpers import photograph
 from tolerances import FORWARD
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, read_photograph
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.photograph import EXIF_ORIENTATION, read_photograph
 from nnunetv2_dermomamba.predict import Predictor
 from nnunetv2_dermomamba.predict.rendering import STRIP_PIXELS, Classes, Prediction, render
 

@@ -8,7 +8,7 @@ import SimpleITK
 from PIL import Image
 from predict_helpers import photograph
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
+from nnunetv2_dermomamba.images.errors import ImageReadError
 from nnunetv2_dermomamba.predict.reading import read_photo
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.resample import resize_image
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.resample import resize_image
 
 __all__ = [
     "FORMATS",
+    "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "Photograph",
     "as_photograph",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 80_000_000  # ISIC's largest image has 30 million; below Pillow's own warning, and 240 MB as RGB
 MAX_FILE_BYTES = 512 << 20  # more than an uncompressed 16-bit RGB image of MAX_PIXELS
 MAX_JPEG_SCAN_PIXELS = 20 * MAX_PIXELS  # a progressive JPEG has about ten scans; each costs a pass over all pixels

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunetv2_dermomamba.png import write_png
+from nnunetv2_dermomamba.images.png import write_png
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("uint8", (9, 7)), ("uint8", (9, 7, 3)), ("uint16", (9, 7))])

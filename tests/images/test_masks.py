@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION
-from nnunetv2_dermomamba.conversion.masks import read_mask
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.masks import read_mask
+from nnunetv2_dermomamba.images.photograph import EXIF_ORIENTATION
 
 ROWS, COLUMNS = np.mgrid[:60, :80]
 LESION = np.hypot(ROWS - 28, COLUMNS - 44) < 19

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion import images
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import EXIF_ORIENTATION, read_photograph
+from nnunetv2_dermomamba.images import photograph as reading
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.photograph import EXIF_ORIENTATION, read_photograph
 from nnunetv2_dermomamba.synthetic import draw_case
 
 
@@ -165,26 +165,29 @@ def test_huge_claims_are_refused_before_decoding(tmp_path, photograph, monkeypat
     Image.fromarray(photograph).save(tmp_path / "a.png")
     Image.fromarray(photograph).save(tmp_path / "a.jpg", progressive=True)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 80 - 1)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 60 * 80 - 1)
     with pytest.raises(ImageReadError, match="claims 80 x 60"):
         read_rgb(tmp_path / "a.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 80)
-    monkeypatch.setattr(images, "MAX_JPEG_SCAN_PIXELS", 2 * 60 * 80)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 60 * 80)
+    monkeypatch.setattr(reading, "MAX_JPEG_SCAN_PIXELS", 2 * 60 * 80)
     with pytest.raises(ImageReadError, match="JPEG scans"):
         read_rgb(tmp_path / "a.jpg")
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 10)
     with pytest.raises(ImageReadError, match="larger"):
         read_rgb(tmp_path / "a.png")
 
 
 def test_an_image_that_does_not_fit_in_memory_is_named(tmp_path, photograph):
     Image.fromarray(photograph).save(tmp_path / "a.png")
-    with pytest.raises(ImageReadError, match=r"a\.png.* does not fit in memory"), images.open_image(tmp_path / "a.png"):
+    with (
+        pytest.raises(ImageReadError, match=r"a\.png.* does not fit in memory"),
+        reading.open_image(tmp_path / "a.png"),
+    ):
         raise MemoryError
 
 
 def test_a_fault_of_the_program_is_not_called_damage(tmp_path, photograph):
     Image.fromarray(photograph).save(tmp_path / "a.png")
     for fault in (NameError, AttributeError, ImportError):
-        with pytest.raises(fault), images.open_image(tmp_path / "a.png"):
+        with pytest.raises(fault), reading.open_image(tmp_path / "a.png"):
             raise fault

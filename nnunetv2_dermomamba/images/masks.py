@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from nnunetv2_dermomamba.conversion.errors import AmbiguousMaskError, ImageReadError
-from nnunetv2_dermomamba.conversion.images import exif_orientation, open_image, turn_upright
+from nnunetv2_dermomamba.images.errors import AmbiguousMaskError, ImageReadError
+from nnunetv2_dermomamba.images.photograph import exif_orientation, open_image, turn_upright
 
 __all__ = ["read_mask"]
 

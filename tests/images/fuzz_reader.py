@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import read_photograph
-from nnunetv2_dermomamba.conversion.masks import read_mask
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.masks import read_mask
+from nnunetv2_dermomamba.images.photograph import read_photograph
 
 HUGE = (b"\xff\xff", b"\x7f\xff", b"\xff\xff\xff\xff", b"\x00\x00\xff\xff", b"\x00\x00\x00\x00", b"\x23\x28\x23\x28")
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import MAX_PIXELS, read_photograph
-from nnunetv2_dermomamba.conversion.masks import read_mask
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.masks import read_mask
+from nnunetv2_dermomamba.images.photograph import MAX_PIXELS, read_photograph
 from nnunetv2_dermomamba.synthetic import draw_case
 
 SAVED_AS = {
@@ -97,9 +97,9 @@ def test_the_largest_image_allowed_stays_within_time_and_memory(tmp_path):
     Image.new("L", flat.size, 100).save(tmp_path / "mask.png")
     code = """
 import json, resource, sys, time
-from nnunetv2_dermomamba.conversion.errors import ImageReadError
-from nnunetv2_dermomamba.conversion.images import read_photograph
-from nnunetv2_dermomamba.conversion.masks import read_mask
+from nnunetv2_dermomamba.images.errors import ImageReadError
+from nnunetv2_dermomamba.images.photograph import read_photograph
+from nnunetv2_dermomamba.images.masks import read_mask
 slowest = 0
 for read in (read_photograph, lambda path: read_photograph(path, (192, 256)), read_mask):
     start = time.process_time()

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from nnunetv2_dermomamba.conversion.resample import resize_image, resize_mask
+from nnunetv2_dermomamba.images.resample import resize_image, resize_mask
 
 
 def random_mask(rng, shape, smoothness):

@@ -1,0 +1,1 @@
+"""Photographs and masks of any common kind, read, resized and written; imports no torch."""
