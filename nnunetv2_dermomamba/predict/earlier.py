@@ -1,7 +1,7 @@
 """Results of earlier runs in an output folder, as its journal tells.
 
-The journal lists a photograph's files before they are written, so that no run replaces or removes a file that is not a
-run's own.
+The journal lists a photograph's files right before they are written, so that no run replaces or removes a file that is
+not a run's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nnunetv2_dermomamba.predict.outputs import Outputs
 from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
 from nnunetv2_dermomamba.predict.rendering import Classes
 
-__all__ = ["earlier_entries", "remove_results", "take_up"]
+__all__ = ["earlier_entries", "remove_results", "result_files", "take_up"]
 
 Entries = dict[str, dict[str, Any]]
 """Of the journal, by the name of the photograph: its ``files``; and once they are complete, what they were made of."""
@@ -43,32 +43,35 @@ def earlier_entries(folder: Path, settings: dict, resume: bool) -> Entries:
     return earlier[1]
 
 
-def take_up(photos: list[Photo], entries: Entries, outputs: Outputs, classes: Classes) -> tuple[list[Photo], Entries]:
-    """Decide which photographs are to be done.
-
-    Returns:
-        Those without results of the same file, and the entries with what will be written of them.
+def take_up(photos: list[Photo], entries: Entries, outputs: Outputs, classes: Classes) -> list[Photo]:
+    """The photographs without results of the same file.
 
     Raises:
         InputError: Results would overwrite photographs, or files that are no results of earlier runs.
     """
     sources = {os.path.realpath(photo.path) for photo in photos}
-    todo, entries = [], dict(entries)
+    todo = []
     for photo in photos:
         entry = entries.get(photo.name, {})
         if not _is_done(photo, entry, outputs, classes):
-            entries[photo.name] = _claim(photo.name, entry, outputs, classes, sources)
+            _check(photo.name, entry, outputs, classes, sources)
             todo.append(photo)
-    return todo, entries
+    return todo
 
 
-def remove_results(entry: dict[str, Any], outputs: Outputs) -> None:
+def result_files(name: str, entry: dict[str, Any], outputs: Outputs) -> list[Path]:
+    """What runs wrote of a photograph, by its entry."""
+    mask = outputs.mask(name)
+    return [mask.with_name(file) for file in entry.get("files", [])]
+
+
+def remove_results(name: str, entry: dict[str, Any], outputs: Outputs) -> None:
     """Remove what an earlier run wrote of a photograph, which may not be what this one will write.
 
     Raises:
         OSError: Something cannot be removed.
     """
-    for file in _files(entry["name"], entry, outputs):
+    for file in result_files(name, entry, outputs):
         if os.path.lexists(file):
             file.unlink()
 
@@ -80,24 +83,19 @@ def _is_done(photo: Photo, entry: dict[str, Any], outputs: Outputs, classes: Cla
         same = entry["fingerprint"] == fingerprint(photo.path)
     except OSError:
         return False
-    return same and all(file.is_file() for file in outputs.files(photo.name, classes))
+    files = outputs.files(photo.name, classes)
+    return same and {*files} <= {*result_files(photo.name, entry, outputs)} and all(file.is_file() for file in files)
 
 
-def _claim(name: str, entry: dict[str, Any], outputs: Outputs, classes: Classes, sources: set[str]) -> dict[str, Any]:
-    """The entry of a photograph that is taken up again, with its earlier files and those to be written."""
-    earlier = _files(name, entry, outputs)
+def _check(name: str, entry: dict[str, Any], outputs: Outputs, classes: Classes, sources: set[str]) -> None:
+    """Refuse a photograph whose results, these or earlier ones, are photographs or nobody's results."""
+    earlier = result_files(name, entry, outputs)
     files = {*earlier, *outputs.files(name, classes)}
     folder = os.path.realpath(outputs.mask(name).parent)
     for file in sorted(files):
         if os.path.join(folder, file.name) in sources:
             raise InputError(f"{str(file)!r} would overwrite a photograph; give another folder for the masks")
     _refuse_to_replace(files.difference(earlier))
-    return {"name": name, "files": sorted(file.name for file in files)}
-
-
-def _files(name: str, entry: dict[str, Any], outputs: Outputs) -> list[Path]:
-    mask = outputs.mask(name)
-    return [mask.with_name(file) for file in entry.get("files", [])]
 
 
 def _refuse_to_replace(files: Iterable[Path]) -> None:

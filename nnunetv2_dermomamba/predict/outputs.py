@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_dermomamba.files import MAX_NAME_BYTES
-from nnunetv2_dermomamba.predict.photos import OVERLAY_ENDING
+from nnunetv2_dermomamba.predict.photos import MASK_ENDING, OVERLAY_ENDING
 from nnunetv2_dermomamba.predict.rendering import Classes
 
 __all__ = ["Outputs"]
@@ -29,7 +29,7 @@ class Outputs:
 
     def mask(self, name: str) -> Path:
         """The mask of a photograph, which is written last."""
-        return self.folder / f"{name}_mask.png"
+        return self.folder / f"{name}{MASK_ENDING}"
 
     def overlay_file(self, name: str) -> Path:
         """The photograph with contours."""

@@ -33,6 +33,7 @@ LIST_SUFFIX = ".txt"
 CSV_FILE = "predictions.csv"
 FAILED_FILE = "failed.txt"
 JOURNAL_FILE = ".dermomamba_predict.jsonl"
+MASK_ENDING = "_mask.png"
 OVERLAY_ENDING = "_overlay.jpg"
 PROBABILITY_MAP = re.compile(r".+_probability(_\d{1,3})?\.png", re.ASCII)
 
@@ -110,10 +111,10 @@ def _matching(pattern: str, fixed: Path, output: Path) -> list[Path]:
     found = [file for file in found if file.is_file() and _is_photo(file)]
     if os.path.realpath(fixed) != os.path.realpath(output) and _lies_in(fixed, output):
         return found
-    kept = [file for file in found if not _lies_in(file.parent, output)]
-    if found and not kept:
+    there = [file for file in found if _lies_in(file.parent, output)]
+    if not all(is_companion(file.name) or file.name.endswith(MASK_ENDING) for file in there):
         raise _among_photographs(output)
-    return kept
+    return [file for file in found if file not in there]
 
 
 def _lies_in(folder: Path, other: Path) -> bool:

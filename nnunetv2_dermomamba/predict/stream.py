@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from nnunetv2_dermomamba.folder_lock import locked
 from nnunetv2_dermomamba.images.errors import ImageReadError
 from nnunetv2_dermomamba.images.png import write_png
 from nnunetv2_dermomamba.journal import Journal, fingerprint
-from nnunetv2_dermomamba.predict.earlier import earlier_entries, remove_results, take_up
+from nnunetv2_dermomamba.predict.earlier import earlier_entries, remove_results, result_files, take_up
 from nnunetv2_dermomamba.predict.measurements import measure, write_csv
 from nnunetv2_dermomamba.predict.outputs import Outputs
 from nnunetv2_dermomamba.predict.overlay import write_overlay
@@ -47,6 +47,10 @@ class Report:
     done: int = 0
     skipped: int = 0
     failed: list[ImageReadError] = field(default_factory=list)
+
+
+class _NotThereError(ImageReadError):
+    """A photograph is away, maybe for now, which says nothing against its earlier results."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,16 @@ def predict_photos(
     folder = outputs.folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, InputError(f"another prediction is at work in {str(folder)!r}; wait, or give another folder")):
-        todo, entries = take_up(photos, earlier_entries(folder, settings, resume), outputs, predictor.classes)
+        entries = earlier_entries(folder, settings, resume)
+        todo = take_up(photos, entries, outputs, predictor.classes)
         if resume:
             remove_unfinished({folder, *(outputs.mask(photo.name).parent for photo in photos)})
         report = Report(skipped=len(photos) - len(todo))
         progress(report.skipped)
         with closing(Journal(folder / JOURNAL_FILE, settings, entries)) as journal:
             _stream(predictor, todo, outputs, journal, report, progress)
-        if table:
-            named = [journal.entries[photo.name] for photo in photos]
+        if table or (folder / CSV_FILE).exists():  # one of an earlier run's would say what is no longer so
+            named = [journal.entries.get(photo.name, {}) for photo in photos]
             write_csv([row for entry in named for row in entry.get("rows", [])], folder / CSV_FILE)
         _list_failed(report, folder / FAILED_FILE)
     return report
@@ -122,7 +127,7 @@ def _stream(
     progress: Callable[[int], None],
 ) -> None:
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
-        reads = _ahead(reader, predictor, photos, outputs, journal)
+        reads = _ahead(reader, predictor, photos, outputs)
         writes: deque[Future[None]] = deque()
 
         def finish_one() -> None:
@@ -133,20 +138,22 @@ def _stream(
                 report.failed.append(error)
             progress(1)
 
+        def submit(*call: Any) -> None:
+            while len(writes) >= AHEAD:
+                finish_one()
+            writes.append(writer.submit(*call))
+
         try:
-            for future in reads:
+            for photo, future in zip(photos, reads, strict=True):
                 try:
                     read = future.result()
                 except ImageReadError as error:
-                    report.failed.append(error)
-                    progress(1)
+                    submit(_fail, error, photo, outputs, journal)
                     continue
                 start = time.perf_counter()
                 logits = predictor.network(read.prepared)
                 seconds = read.seconds + time.perf_counter() - start
-                while len(writes) >= AHEAD:
-                    finish_one()
-                writes.append(writer.submit(_write, predictor, read, logits, seconds, outputs, journal))
+                submit(_write, predictor, read, logits, seconds, outputs, journal)
             while writes:
                 finish_one()
         except BaseException:
@@ -156,28 +163,35 @@ def _stream(
 
 
 def _ahead(
-    reader: ThreadPoolExecutor, predictor: Predictor, photos: list[Photo], outputs: Outputs, journal: Journal
+    reader: ThreadPoolExecutor, predictor: Predictor, photos: list[Photo], outputs: Outputs
 ) -> Iterator[Future[_Read]]:
     """Each photograph in turn, the next ones being read in the meantime."""
     waiting: deque[Future[_Read]] = deque()
     for photo in photos:
-        waiting.append(reader.submit(_read, predictor, photo, outputs, journal))
+        waiting.append(reader.submit(_read, predictor, photo, outputs))
         if len(waiting) > AHEAD:
             yield waiting.popleft()
     yield from waiting
 
 
-def _read(predictor: Predictor, photo: Photo, outputs: Outputs, journal: Journal) -> _Read:
+def _read(predictor: Predictor, photo: Photo, outputs: Outputs) -> _Read:
     start = time.perf_counter()
-    remove_results(journal.entries[photo.name], outputs)  # should it fail now, no earlier mask may pass for its own
     if problem := outputs.name_problem(photo.name, predictor.classes):
         raise ImageReadError(photo.path, problem)
     try:
         read_from = fingerprint(photo.path)
     except OSError as error:
-        raise ImageReadError(photo.path, error.strerror or str(error)) from error
+        raise _NotThereError(photo.path, error.strerror or str(error)) from error
     prepared = predictor.read(photo.path)
     return _Read(photo, read_from, prepared, time.perf_counter() - start)
+
+
+def _fail(error: ImageReadError, photo: Photo, outputs: Outputs, journal: Journal) -> NoReturn:
+    """Raise the error; what an earlier run made of the photograph may not pass for results of what it is now."""
+    if not isinstance(error, _NotThereError):
+        remove_results(photo.name, journal.entries.get(photo.name, {}), outputs)
+        journal.add({"name": photo.name, "files": []})
+    raise error
 
 
 def _write(
@@ -189,7 +203,11 @@ def _write(
     try:
         prediction = predictor.finish(logits, read.prepared)
     except FloatingPointError as error:
-        raise ImageReadError(read.photo.path, str(error)) from error
+        _fail(ImageReadError(read.photo.path, str(error)), read.photo, outputs, journal)
+    earlier = journal.entries.get(name, {})
+    claimed = {*result_files(name, earlier, outputs), *outputs.files(name, classes)}
+    journal.add({"name": name, "files": sorted(file.name for file in claimed)})
+    remove_results(name, earlier, outputs)
     rendered = render(prediction)
     mask = outputs.mask(name)
     mask.parent.mkdir(parents=True, exist_ok=True)

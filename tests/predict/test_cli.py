@@ -129,6 +129,49 @@ def test_a_photograph_that_fails_now_keeps_no_earlier_result(photos, regions, un
     assert {name for name in tree(out) if name.startswith("a.")} == {"a.jpg_mask.png"}
 
 
+def test_a_photograph_that_is_away_keeps_its_results(photos, unet, tmp_path):
+    out = tmp_path / "out"
+    predict(photos, out, unet, "--csv")
+    listed = tmp_path / "list.txt"
+    listed.write_text("photos/a.jpg\nphotos/a.png\n")
+    predict(listed, out, unet, "--csv")
+    masks, table = {"a.jpg_mask.png", "a.png_mask.png", "sub dir/皮膚_mask.png"}, (out / "predictions.csv").read_bytes()
+    photos.rename(tmp_path / "unmounted")
+    assert predict(listed, out, unet, "--resume", "--csv") == 1
+    assert (out / "predictions.csv").read_bytes() == table
+    assert predict(listed, out, unet) == 1
+    assert {name for name in tree(out) if name.endswith(".png")} == masks
+    (tmp_path / "unmounted").rename(photos)
+    assert predict(listed, out, unet) == 0
+
+
+def test_a_mask_drawn_for_a_photograph_that_failed_stays(photos, unet, tmp_path, capsys):
+    out = tmp_path / "out"
+    (photos / "a.png").write_bytes(b"damaged")
+    assert predict(photos, out, unet) == 1
+    (out / "a.png_mask.png").write_text("drawn by hand")
+    assert predict(photos, out, unet, "--resume") == 2
+    assert "a.png_mask.png' exists and is no result of an earlier run" in capsys.readouterr().err
+    assert (out / "a.png_mask.png").read_text() == "drawn by hand"
+
+
+def test_an_overlay_that_no_run_made_is_not_taken_for_one(photos, unet, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert predict(photos / "a.jpg", out, unet) == 0
+    (out / "a_overlay.jpg").write_text("mine")
+    assert predict(photos / "a.jpg", out, unet, "--resume", "--overlay") == 2
+    assert "a_overlay.jpg' exists" in capsys.readouterr().err
+
+
+def test_the_table_of_an_earlier_run_tells_of_the_masks_that_are_there(photos, unet, tmp_path):
+    out = tmp_path / "out"
+    predict(photos, out, unet, "--csv")
+    (photos / "a.png").write_bytes(b"damaged")
+    assert predict(photos, out, unet, "--resume") == 1
+    assert not (out / "a.png_mask.png").exists()
+    assert "a.png" not in (out / "predictions.csv").read_text(encoding="utf-8")
+
+
 def test_what_a_killed_run_did_not_reach_is_still_known_as_its_own(photos, unet, tmp_path, monkeypatch):
     out = tmp_path / "out"
     predict(photos, out, unet)

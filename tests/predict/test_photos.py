@@ -84,6 +84,12 @@ def test_the_folder_of_a_globs_photographs_is_refused_for_results(tmp_path, patt
         find_photos(f"{tmp_path}/{pattern}", tmp_path / "ph")
 
 
+def test_a_glob_passes_over_no_photograph_in_the_output_folder(tmp_path):
+    touch(tmp_path, "ph/a/1.png", "ph/b/2.png")
+    with pytest.raises(InputError, match="holds the photographs"):
+        find_photos(f"{tmp_path}/ph/*/*.png", tmp_path / "ph" / "a")
+
+
 def test_a_glob_may_look_within_the_output_folder_when_it_is_told_to(tmp_path):
     touch(tmp_path, "photos/a.jpg")
     assert named(find_photos(f"{tmp_path}/photos/*.jpg", tmp_path), tmp_path) == {"photos/a.jpg": "a"}
