@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,10 @@ from nnunetv2_dermomamba.images.masks import read_mask
 from nnunetv2_dermomamba.images.photograph import exif_orientation, open_image, turn_upright
 
 __all__ = ["MaskError", "read_labels", "read_probability"]
+
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)  # as NumPy passes on of a broken .npz
+ROUNDING = 1e-3  # nnU-Net may store float16, whose softmax can sum to a little more than 1
 
 
 class MaskError(ValueError):
@@ -84,6 +90,8 @@ def read_probability(path: Path, label: int, labels: tuple[int, ...]) -> np.ndar
             "each, CASE_probability_LABEL.png"
         )
     pixels = _read_pixels(path, by_colour=True)
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise MaskError(f"{path} is no probability map: its pixels are {pixels.dtype}, not of 8 or 16 bits")
     scale = 255 if pixels.dtype == np.uint8 else 65535
     return (pixels / np.float32(scale)).astype(np.float32)
 
@@ -91,13 +99,16 @@ def read_probability(path: Path, label: int, labels: tuple[int, ...]) -> np.ndar
 def _read_npz(path: Path, index: int, count: int) -> np.ndarray:
     try:
         with np.load(path) as archive:
-            probabilities = archive["probabilities"]
-    except (OSError, ValueError, KeyError) as error:
+            probabilities = archive["probabilities"].astype(np.float32)
+    except (*_DAMAGED, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MaskError(f"{path} is not nnU-Net's .npz with an array 'probabilities': {error}") from error
-    channel = {count: index, count + 1: index + 1}.get(len(probabilities))
+    channel = {count: index, count + 1: index + 1}.get(len(probabilities)) if probabilities.ndim else None
     if channel is None or probabilities[0].squeeze().ndim != 2:
         raise MaskError(f"{path} has probabilities of shape {probabilities.shape}, not of {count} 2D classes")
-    return probabilities[channel].squeeze().astype(np.float32)
+    probability = probabilities[channel].squeeze()
+    if not ((probability >= 0) & (probability <= 1 + ROUNDING)).all():
+        raise MaskError(f"{path} holds no probabilities: some are not between 0 and 1")
+    return probability
 
 
 def _read_pixels(path: Path, by_colour: bool) -> np.ndarray:

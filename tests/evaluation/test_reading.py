@@ -145,3 +145,31 @@ def test_probability_npz_with_background_and_with_regions(tmp_path):
     np.savez_compressed(path, other=lesion)
     with pytest.raises(MaskError, match=r"not nnU-Net's \.npz"):
         read_probability(path, 1, (1,))
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.5), np.full((1, 1, 5, 7), "no"), np.full((1, 1, 5, 7), np.nan), np.full((1, 1, 5, 7), 37.0)]
+)
+def test_npz_that_holds_no_probabilities_is_named(tmp_path, value):
+    np.savez(tmp_path / "a.npz", probabilities=value)
+    with pytest.raises(MaskError, match=r"a\.npz"):
+        read_probability(tmp_path / "a.npz", 1, (1,))
+
+
+def test_damaged_npz_is_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, probabilities=np.random.default_rng(0).random((2, 1, 50, 70)))
+    whole = path.read_bytes()
+    np.save(tmp_path / "b.npy", np.zeros(3))
+    broken = bytearray(whole)
+    broken[len(whole) // 2] ^= 255
+    for data in (b"", whole[: len(whole) // 2], bytes(broken), (tmp_path / "b.npy").read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(MaskError, match=r"not nnU-Net's \.npz"):
+            read_probability(path, 1, (1,))
+
+
+def test_map_of_other_pixels_than_8_or_16_bits_is_named(tmp_path):
+    Image.fromarray(np.full((5, 7), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(MaskError, match="no probability map: its pixels are float32"):
+        read_probability(tmp_path / "a.tif", 1, (1,))
