@@ -102,6 +102,7 @@ def convert_dataset(
     lock.touch()  # it stays: were it removed, two conversions could hold the locks of two files of this name
     with locked(lock, ConversionError(f"another conversion to {str(folder)!r} is at work; wait, or stop it")):
         _put_back(folder)
+        _refuse_to_remove(inventory, folder)
         if os.path.lexists(folder) and not options.overwrite:
             raise ConversionError(f"{str(folder)!r} exists. Give --overwrite to replace it, or another --dataset-id.")
         partial = folder.with_name(f".{folder.name}.partial")
@@ -122,12 +123,23 @@ def convert_dataset(
     return problems
 
 
+def _refuse_to_remove(inventory: Inventory, folder: Path) -> None:
+    """A source in the data set's own folder would go with what is replaced."""
+    for case in inventory.cases:
+        for file in filter(None, (case.image, case.mask)):
+            if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+                raise ConversionError(
+                    f"{str(file)!r} lies in {str(folder)!r}, the folder of the converted data set; move the source "
+                    "elsewhere"
+                )
+
+
 def _put_back(folder: Path) -> None:
     """Mend what a kill between the two renames of `_publish`, or right behind them, left."""
     replaced = _replaced(folder)
     if replaced.exists() and not os.path.lexists(folder):
         replaced.rename(folder)
-    _remove(replaced)
+    _drop(replaced)
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -139,11 +151,20 @@ def _publish(partial: Path, folder: Path) -> None:
         folder.rename(replaced)
     (partial / "dataset").rename(folder)
     shutil.rmtree(partial)
-    _remove(replaced)
+    _drop(replaced)
 
 
 def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
+
+
+def _drop(replaced: Path) -> None:
+    """Remove it under another name, so that no half of it is put back."""
+    removing = replaced.with_suffix(".removing")
+    _remove(removing)
+    if os.path.lexists(replaced):
+        replaced.rename(removing)
+        _remove(removing)
 
 
 def _convert_cases(inventory: Inventory, partial: Path, options: Options) -> tuple[list[dict], list[Problem]]:

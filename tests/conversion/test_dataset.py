@@ -151,6 +151,33 @@ def test_a_linked_data_set_folder_is_replaced_not_followed(isic, raw, tmp_path):
     assert (tmp_path / "elsewhere" / "precious").exists()
 
 
+def test_a_source_in_the_data_sets_own_folder_is_not_removed(isic, raw, capsys):
+    isic.root = raw / NAME
+    isic.add("a")
+    before = contents(raw / NAME)
+    for options in ((), ("--overwrite",)):
+        assert convert(isic, *options) == 1
+        assert "move the source elsewhere" in capsys.readouterr().err
+        assert contents(raw / NAME) == before
+
+
+def test_half_of_a_replaced_data_set_is_not_put_back(isic, raw, monkeypatch):
+    isic.add("a")
+    assert convert(isic) == 0
+
+    def kill(folder):
+        (folder / "dataset.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.shutil, "rmtree", lambda folder: kill(folder) if ".re" in folder.name else None)
+        with pytest.raises(KeyboardInterrupt):
+            dataset._drop((raw / NAME).rename(raw / f".{NAME}.replaced"))
+    assert convert(isic) == 0
+    assert (raw / NAME / "dataset.json").exists()
+    assert sorted(os.listdir(raw)) == [LOCK, NAME]
+
+
 def test_a_kill_between_the_two_renames_is_mended(isic, raw):
     isic.add("a")
     assert convert(isic) == 0
