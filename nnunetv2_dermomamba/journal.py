@@ -41,13 +41,15 @@ class Journal:
 def read_journal(path: Path) -> tuple[dict, dict[str, dict]] | None:
     """Settings and entries by name of an earlier run, or None if there was none."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return None
     parsed = []
     for line in lines:
         with suppress(ValueError):  # the line that a kill cut short
-            parsed.append(json.loads(line))
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                parsed.append(entry)
     if not parsed:
         return None
     return parsed[0], {entry["name"]: entry for entry in parsed[1:] if "name" in entry}

@@ -32,6 +32,14 @@ def test_a_line_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert read_journal(path) == (SETTINGS, {"one": ONE, "three": THREE})
 
 
+def test_lines_that_are_no_entries_are_passed_over(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, SETTINGS, {"one": ONE})
+    journal.close()
+    path.write_bytes(path.read_bytes() + b'[1]\nnull\n"name"\n\xff\xfe\n')
+    assert read_journal(path) == (SETTINGS, {"one": ONE})
+
+
 def test_an_empty_journal_is_none(tmp_path):
     (tmp_path / "journal.jsonl").touch()
     assert read_journal(tmp_path / "journal.jsonl") is None

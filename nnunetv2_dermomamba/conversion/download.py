@@ -29,8 +29,8 @@ CHUNK_BYTES = 1 << 20
 def download_archives(names: Collection[str], address: str, folder: Path) -> None:
     """Fetch ``<name>.zip`` for every name whose folder is missing, and unpack it to ``folder/<name>``.
 
-    Missing is what the conversion would not find, wherever below the folder; one of the names' folders stands for that
-    around it.
+    Missing is what the conversion would not find, wherever below the folder, and what is empty; one of the names'
+    folders stands for that around it.
 
     A folder appears only when it is complete; its archive is removed then, so that the disk need not hold all twice.
 
@@ -46,7 +46,11 @@ def download_archives(names: Collection[str], address: str, folder: Path) -> Non
     folder = folder_around(folder, names)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        if find_folder(folder, name) is None:
+        found = find_folder(folder, name)
+        if found is not None and not any(found.iterdir()):
+            found.rmdir()
+            found = None
+        if found is None:
             archive = folder / f"{name}.zip"
             if not archive.exists():
                 download(f"{address.rstrip('/')}/{archive.name}", archive)
@@ -61,8 +65,10 @@ def download(url: str, file: Path) -> None:
     again by the next call.
 
     Raises:
-        ConversionError: The server refuses, breaks off five times, or sends another size than it announced.
+        ConversionError: It is no address, or the server refuses, breaks off five times, or sends another size than it announced.
     """
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ConversionError(f"{url!r} is no address; it begins with https:// or http://")
     part = file.with_name(file.name + ".part")
     for attempt in range(ATTEMPTS):
         have = _size(part)

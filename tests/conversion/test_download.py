@@ -123,6 +123,8 @@ def test_refusals(server, tmp_path, monkeypatch):
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     with pytest.raises(ConversionError, match="cannot be fetched"):
         download("http://127.0.0.1:1/a.zip", tmp_path / "a.zip")
+    with pytest.raises(ConversionError, match="'nonsense/a.zip' is no address"):
+        download("nonsense/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
 
 
@@ -147,6 +149,16 @@ def test_archives_become_folders(server, tmp_path):
             "B/x.txt",
         ]
     assert len(server.requests) == 2
+
+
+def test_an_empty_folder_is_as_good_as_none(server, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.txt").write_text("x")
+    server.files["A.zip"] = archive(tmp_path / "in", "A")
+    (tmp_path / "out" / "below" / "A").mkdir(parents=True)
+    download_archives(["A"], server.address, tmp_path / "out")
+    assert (tmp_path / "out" / "A" / "x.txt").read_text() == "x"
+    assert not (tmp_path / "out" / "below" / "A").exists()
 
 
 def test_a_damaged_archive_leaves_no_folder(server, tmp_path):
