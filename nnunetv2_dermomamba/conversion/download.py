@@ -65,7 +65,8 @@ def download(url: str, file: Path) -> None:
     again by the next call.
 
     Raises:
-        ConversionError: It is no address, or the server refuses, breaks off five times, or sends another size than it announced.
+        ConversionError: It is no address, or the server refuses, breaks off five times within a call, or sends another
+            size than it announced.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ConversionError(f"{url!r} is no address; it begins with https:// or http://")

@@ -123,7 +123,7 @@ def test_refusals(server, tmp_path, monkeypatch):
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     with pytest.raises(ConversionError, match="cannot be fetched"):
         download("http://127.0.0.1:1/a.zip", tmp_path / "a.zip")
-    with pytest.raises(ConversionError, match="'nonsense/a.zip' is no address"):
+    with pytest.raises(ConversionError, match=r"'nonsense/a\.zip' is no address"):
         download("nonsense/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
 
