@@ -9,9 +9,10 @@ from masks import save_pairs
 
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.cost import count_cost
-from nnunetv2_dermomamba.info import trained_model, versions
+from nnunetv2_dermomamba.info import versions
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import BACKENDS, ENVIRONMENT_VARIABLE, backends
+from nnunetv2_dermomamba.predict.sized_network import trained_model
 
 
 @pytest.fixture(autouse=True)

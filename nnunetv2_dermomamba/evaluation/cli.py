@@ -52,6 +52,7 @@ from nnunetv2_dermomamba.arguments import positive
 from nnunetv2_dermomamba.cores import available_cores
 from nnunetv2_dermomamba.files import check_writable
 from nnunetv2_dermomamba.predict.options import add_model_arguments
+from nnunetv2_dermomamba.predict.sized_network import trained_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,7 +147,6 @@ def _run(args: argparse.Namespace) -> int:
     cost = None
     if args.model:
         from nnunetv2_dermomamba.cost import count_cost
-        from nnunetv2_dermomamba.info import trained_model
 
         model = trained_model(args.model, args.f, args.chk, args.trust)
         cost = count_cost(model.network, model.channels, model.patch_size)
