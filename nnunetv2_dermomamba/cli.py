@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
     args = parser.parse_args(argv)
     try:
-        return module.run(args)
+        status = module.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has enough, as ``head`` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return 141  # as of a command that SIGPIPE ends
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -24,6 +24,14 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == __version__
 
 
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "nnunetv2_dermomamba.cli", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.wait(timeout=120) == 141
+        assert "Broken" not in process.stderr.read()
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["evaluate"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

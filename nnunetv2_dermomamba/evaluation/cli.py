@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     except BrokenProcessPool:
         return _error(f"a worker process was killed, most likely for memory; use fewer than -np {args.np}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _error(str(error))
 
@@ -163,13 +165,14 @@ def _run(args: argparse.Namespace) -> int:
     )
     if other is not None:
         evaluation.against(other, str(args.against))
-    print(output.format_table(evaluation, cost))
     if args.csv:
         output.write_csv(evaluation, args.csv)
     if args.json:
         output.write_json(evaluation, args.json, cost)
     if args.report:
         write_report(evaluation, args.report, args.predictions, args.ground_truth, cost)
+    print(output.format_table(evaluation, cost))  # last: its reader may have enough of it
+    if args.report:
         print(f"Report: {args.report}")
     return int(_is_incomplete(evaluation.frame, tolerated=MISSING if args.missing != "fail" else None))
 
