@@ -125,9 +125,10 @@ def convert_dataset(
 
 def _refuse_to_remove(inventory: Inventory, folder: Path) -> None:
     """A source in the data set's own folder would go with what is replaced."""
+    inside = os.path.realpath(folder)
     for case in inventory.cases:
         for file in filter(None, (case.image, case.mask)):
-            if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+            if Path(os.path.realpath(file)).is_relative_to(inside):
                 raise ConversionError(
                     f"{str(file)!r} lies in {str(folder)!r}, the folder of the converted data set; move the source "
                     "elsewhere"

@@ -16,7 +16,7 @@ __all__ = ["MaskError", "read_labels", "read_probability"]
 
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)  # as NumPy passes on of a broken .npz
-ROUNDING = 1e-3  # nnU-Net may store float16, whose softmax can sum to a little more than 1
+ROUNDING = 1e-3  # means over models may end a little above 1, of float16 by this
 
 
 class MaskError(ValueError):

@@ -111,7 +111,7 @@ def _matching(pattern: str, fixed: Path, output: Path) -> list[Path]:
     found = [file for file in found if file.is_file() and _is_photo(file)]
     if os.path.realpath(fixed) != os.path.realpath(output) and _lies_in(fixed, output):
         return found
-    there = [file for file in found if _lies_in(file.parent, output)]
+    there = {file for file in found if _lies_in(file.parent, output)}
     if not all(is_companion(file.name) or file.name.endswith(MASK_ENDING) for file in there):
         raise _among_photographs(output)
     return [file for file in found if file not in there]
