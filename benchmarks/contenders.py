@@ -152,6 +152,20 @@ def median_ms(step: Callable[[], object], device: torch.device, seconds: float =
     return float(np.median([a.elapsed_time(b) for a, b in itertools.pairwise(events)]))
 
 
+def graph_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of replaying a call as a CUDA graph: what the device itself spends."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return median_ms(graph.replay, device)
+
+
 def in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Wall and CPU time in ms of every call, in turn after two warm-ups: another load on the CPU falls on all alike."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}

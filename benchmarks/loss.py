@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from contenders import median_ms
+from contenders import graph_ms, median_ms
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from scipy.ndimage import distance_transform_edt
@@ -51,19 +51,6 @@ def check_exact(device: torch.device, height: int, width: int) -> int:
         if not np.array_equal(result, scipy_distance(mask)):
             raise SystemExit(f"the distance of mask {n}, shape {mask.shape}, is not SciPy's")
     return len(masks)
-
-
-def graph_ms(function: Callable[[], object], device: torch.device) -> float:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return median_ms(graph.replay, device)
 
 
 def step(loss: Callable, logits: torch.Tensor, target: torch.Tensor) -> Callable[[], object]:

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops import convolution as kernels
 from nnunetv2_dermomamba.ops.library import as_autocast
 
 
-def convolve_and_add(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+def convolve_and_add(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.conv2d``; on a GPU the bias is added apart, which a compiler does where the result is read."""
     if not x.is_cuda or bias is None:
-        return F.conv2d(x, weight, bias, padding=padding)
-    y = F.conv2d(x, weight, padding=padding)
+        return F.conv2d(x, weight, bias)
+    y = F.conv2d(x, weight)
     return y + bias.to(y.dtype)[:, None, None]
 
 
@@ -45,9 +46,7 @@ class ConvIn(nn.Conv2d):
 
 
 class Conv3x3(nn.Conv2d):
-    """``nn.Conv2d`` of 3 x 3 with bias and "same" padding; on a GPU its weights are laid out as the maps are.
-
-    cuDNN wants them so, and would copy them at every call; compiled, the copy is one with autocast's.
+    """``nn.Conv2d`` of 3 x 3 with bias and "same" padding.
 
     Shape:
         (B, dim_in, H, W) to (B, dim_out, H, W).
@@ -57,7 +56,11 @@ class Conv3x3(nn.Conv2d):
         super().__init__(dim_in, dim_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return convolve_and_add(x, self._weight_for(x), self.bias, padding=1)
+        if not x.is_cuda:
+            return super().forward(x)
+        assert self.bias is not None
+        y = self._convolve(x, self.weight)
+        return y + self.bias.to(y.dtype)[:, None, None]  # a compiler adds it where the result is read
 
     def without_bias(self, x: Tensor) -> Tensor:
         """For a normalisation behind it, which subtracts each channel's mean and the bias with it.
@@ -65,11 +68,16 @@ class Conv3x3(nn.Conv2d):
         That saves a pass over the map, and one over its gradient. The bias has a gradient nevertheless, as several
         GPUs' processes demand of every parameter: 0, which with the bias in place is rounding alone.
         """
-        weight = self._weight_for(x)
+        weight = self.weight
         if torch.is_grad_enabled():
             assert self.bias is not None
             weight = weight + 0 * self.bias[:, None, None, None]
-        return F.conv2d(x, weight, padding=1)
+        return self._convolve(x, weight)
 
-    def _weight_for(self, x: Tensor) -> Tensor:
-        return self.weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else self.weight
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        if kernels.serves(x, weight):
+            return kernels.convolution(x, weight)
+        # cuDNN wants weights laid out as the maps are, and would copy them at every call; compiled, the copy is one
+        # with autocast's
+        weight = weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
+        return F.conv2d(x, weight, padding=1)

@@ -193,16 +193,21 @@ def register_directions_2d(name: str, module: ModuleType) -> Callable[..., Tenso
 
 
 def register_convolution(
-    name: str, module: str, kernel: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]
+    name: str,
+    module: str,
+    kernel: str,
+    shape: Callable[[Tensor, Tensor], tuple[int, ...]],
+    order: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Register ``dermomamba::<name>`` and its backward, a CUDA module's ``<kernel>_forward`` and ``<kernel>_backward``.
 
     Args:
         name: the operator's.
         module: of this package; imported on the first call, since it needs CUDA.
-        kernel: forward, of x and weights, to a contiguous map of x's type; backward, of dy, x and weights, to the
-            gradients of x, contiguous, and weights.
+        kernel: forward, of x and weights, to a map of x's type; backward, of dy, x and weights, to the gradients of x
+            and weights.
         shape: of the result.
+        order: in memory, of the result, dy and the gradient of x.
 
     Returns:
         The differentiable function.
@@ -217,7 +222,7 @@ def register_convolution(
 
     @forward.register_fake
     def _(x: Tensor, weights: Tensor) -> Tensor:
-        return x.new_empty(shape(x, weights))
+        return torch.empty(shape(x, weights), dtype=x.dtype, device=x.device, memory_format=order)
 
     @torch.library.custom_op(f"dermomamba::{name}_backward", mutates_args=())
     def backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,13 +230,13 @@ def register_convolution(
 
     @backward.register_fake
     def _(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return x.new_empty(x.shape), weights.new_empty(weights.shape)
+        return torch.empty_like(x, memory_format=order), weights.new_empty(weights.shape)
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return backward(dy.contiguous(), *ctx.saved_tensors)
+        return backward(dy.contiguous(memory_format=order), *ctx.saved_tensors)
 
     no_double_backward(backward)
     forward.register_autograd(gradients, setup_context=setup_context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,9 +54,14 @@ class CapturedPass:
         self.graph.replay()
         return self.loss.clone()
 
+    @cached_property
+    def _side_stream(self) -> torch.cuda.Stream:
+        # one for all, the capture included: of every stream that it is called on cuBLAS keeps some memory
+        return torch.cuda.Stream()
+
     def _on_side_stream(self, data: Tensor, target: Tensor) -> Tensor:
         # a capture runs on a stream of its own, and wants what it captures to have been warmed up on such a one
-        side = torch.cuda.Stream()
+        side = self._side_stream
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
@@ -78,7 +84,7 @@ class CapturedPass:
         stream = torch.cuda.current_stream()
         try:
             # nnU-Net's thread that pins the next batches in memory goes on meanwhile; "global" would have it fail
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self._side_stream, capture_error_mode="thread_local"):
                 self.loss = self.compute(self.data, self.target).detach()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)

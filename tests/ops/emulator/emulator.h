@@ -17,6 +17,7 @@
 #define __launch_bounds__(...)
 #define __shared__
 
+using std::max;
 using std::min;
 
 constexpr int SHARED_FLOATS = 56 * 1024;  // 224 KiB, a little less than what a block may have on Hopper
@@ -103,6 +104,38 @@ static void emulated_multiply(float (&c)[4], const float (&a)[4], const float (&
         const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
         for (int k = 0; k < 8; ++k)
             c[i] += exchange[warp][m % 8 * 4 + k % 4][m / 8 + k / 4 * 2] * exchange[warp][n * 4 + k % 4][4 + k / 4];
+    }
+    __syncwarp();
+}
+
+// The tensor cores' product of pairs of 16 bits, ``widen`` makes floats of them.
+template <typename F>
+void emulated_multiply(float (&c)[4], const unsigned (&a)[4], const unsigned* b, F widen) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < 6; ++i) exchange[warp][lane][i] = __uint_as_float(i < 4 ? a[i] : b[i - 4]);
+    __syncwarp();
+    const auto value = [&](int of, int part, int odd) {
+        return widen((unsigned short)(__float_as_uint(exchange[warp][of][part]) >> odd * 16));
+    };
+    for (int i = 0; i < 4; ++i) {
+        const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k)
+            c[i] += value(m % 8 * 4 + k % 8 / 2, m / 8 + k / 8 * 2, k % 2) * value(n * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    }
+    __syncwarp();
+}
+
+// ldmatrix: four blocks of 8 x 8 values, lane l says where row l % 8 of block l / 8 is.
+static void emulated_load_blocks(unsigned (&blocks)[4], const unsigned short* row, bool transposed) {
+    static const unsigned short* rows[32][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, across = lane / 4, pair = lane % 4 * 2;
+    rows[warp][lane] = row;
+    __syncwarp();
+    for (int block = 0; block < 4; ++block) {
+        const unsigned short* const* of = rows[warp] + block * 8;
+        const unsigned first = transposed ? of[pair][across] : of[across][pair];
+        const unsigned second = transposed ? of[pair + 1][across] : of[across][pair + 1];
+        blocks[block] = first | second << 16;
     }
     __syncwarp();
 }
