@@ -66,6 +66,7 @@ class CrossScaleMambaBlock(nn.Module):
         return y.permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        scanned = self.vss(self._branches(x)).permute(0, 3, 1, 2)
-        rest = x.permute(0, 2, 3, 1).chunk(4, dim=3)[3].permute(0, 3, 1, 2)  # so its gradient is channels last, too
-        return F.relu(self.norm(torch.cat([*scanned.chunk(3), rest], dim=1)), inplace=True)
+        # channels last throughout, so that gradients are, too, and are written once
+        rest = x.permute(0, 2, 3, 1).chunk(4, dim=3)[3]
+        y = torch.cat([*self.vss(self._branches(x)).chunk(3), rest], dim=3).permute(0, 3, 1, 2)
+        return F.relu(self.norm(y), inplace=True)

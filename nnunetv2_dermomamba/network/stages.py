@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.halve import halve
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
+from nnunetv2_dermomamba.ops.normalise import batch_norm
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 from .attention import multiplied
@@ -49,36 +50,13 @@ class EncoderStage(nn.Module):
         self.norm = nn.BatchNorm2d(2 * dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        skip = F.relu(self._normalised(self.res_mamba(x)), inplace=True)
+        x = self.res_mamba(x)
+        if self.training:
+            x = batch_norm(self.conv.without_bias(x), self.norm, self.conv.bias)
+        else:
+            x = self.norm(self.conv(x))
+        skip = F.relu(x, inplace=True)
         return halve(skip), skip
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        """``norm(conv(x))``; in training the bias goes into the running mean alone.
-
-        Not where several processes share their statistics: nnU-Net makes BatchNorm a SyncBatchNorm then.
-        """
-        norm, mean, bias = self.norm, self.norm.running_mean, self.conv.bias
-        alone = type(norm) is nn.BatchNorm2d and mean is not None and norm.num_batches_tracked is not None
-        if not self.training or not alone or bias is None:
-            return norm(self.conv(x))
-        without_bias = mean - bias.detach()
-        x = self.conv.without_bias(x)
-        # By rows of channels on a GPU: of maps a compiler writes the gradient channels first, and reads it three times.
-        rows = x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_cuda else x
-        rows = F.batch_norm(
-            rows,
-            without_bias,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            training=True,
-            momentum=norm.momentum,  # type: ignore[arg-type]
-            eps=norm.eps,
-        )
-        with torch.no_grad():
-            mean.copy_(without_bias + bias)
-            norm.num_batches_tracked.add_(1)
-        return rows.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2) if x.is_cuda else rows
 
 
 class DecoderStage(nn.Module):

@@ -15,8 +15,8 @@ SIDE, WARPS, WIDE = 3, 12, 32
 """Of the kernel; of a block, each of which makes a row of a tile; columns of a tile."""
 PROCESSORS = 132
 """Of a large GPU."""
-LARGEST_PART = 32 * 32
-"""Elements of the weights' gradient, of one tap, that a warp holds in registers."""
+PARTS = WARPS // SIDE
+"""Of the weights' gradient, that a block makes: ``SUBSETS`` in ``convolution.cu``."""
 
 
 class Sizes(ctypes.Structure):
@@ -40,11 +40,6 @@ class Plan:
         bordered, plain = (WARPS + 2) * (WIDE + 2), WARPS * WIDE
         return 2 * (SIDE**2 * self.from_ * self.to + 2 * (bordered * around + plain * inside))
 
-    @property
-    def parts(self) -> int:
-        """Parts of the weights' gradient that a block makes: ``SUBSETS`` in ``convolution.cu``."""
-        return WARPS // SIDE // ceil_div(self.from_ * self.to, LARGEST_PART)
-
 
 def _channels_last(x: Tensor) -> Tensor:
     """(B, C, H, W) as aligned memory of (B, H, W, C)."""
@@ -55,7 +50,7 @@ def convolution_forward(x: Tensor, weight: Tensor) -> Tensor:
     """3 x 3 convolution with "same" padding, summed in float32.
 
     Args:
-        x: (B, c, H, W), float16 or bfloat16; faster channels last. For c and d see ``convolution.serves``.
+        x: (B, c, H, W), float16 or bfloat16; faster channels last. c and d are 16 or 32.
         weight: (d, c, 3, 3), float32; rounded to ``x``'s type.
 
     Returns:
@@ -75,7 +70,7 @@ def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor,
     plan = Plan(x, weight)
     dx = x.new_empty(x.shape[0], *x.shape[2:], plan.from_)
     blocks = min(plan.tiles, PROCESSORS)
-    parts = weight.new_empty(blocks * plan.parts, *weight.shape)
+    parts = weight.new_empty(blocks * PARTS, *weight.shape)
     with torch.cuda.device_of(x):
         maps = _channels_last(dy), _channels_last(x)
         arguments = *maps, weight.contiguous(), dx, parts, plan.tiles, plan.sizes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import normalise
 from .cpu_inference import numba_infers
 
 
@@ -29,9 +30,15 @@ def instance_norm_leaky_add(x: Tensor, norm: nn.InstanceNorm2d, slope: float, ot
         from .cpu_instance_norm import instance_norm_leaky_add_cpu  # Numba need not be there for PyTorch's own
 
         return instance_norm_leaky_add_cpu(x, norm, slope, other, factor)
-    normalised = _formula(x, norm) if torch.compiler.is_compiling() else norm(x)
+    normalised = _normalised(x, norm)
     # other first: the sum has its memory format, which InstanceNorm loses
     return factor * other + F.leaky_relu(normalised, slope, inplace=True)
+
+
+def _normalised(x: Tensor, norm: nn.InstanceNorm2d) -> Tensor:
+    if normalise.serves(x):
+        return normalise.instance_norm(x, norm)
+    return _formula(x, norm) if torch.compiler.is_compiling() else norm(x)
 
 
 def _formula(x: Tensor, norm: nn.InstanceNorm2d) -> Tensor:

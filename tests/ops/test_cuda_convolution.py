@@ -16,7 +16,7 @@ from nnunetv2_dermomamba.ops.cuda_convolution import Plan, convolution_backward,
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
-PAIRS = [(16, 16), (16, 32), (32, 16), (32, 32), (64, 32), (32, 64)]
+PAIRS = [(16, 16), (16, 32), (32, 16), (32, 32)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_bfloat16(size):
     check(maps(2, 16, *size, kind), weight_of(16, 32, kind), maps(2, 32, *size, kind))
 
 
-@pytest.mark.parametrize("pair", [(16, 16), (64, 32)])
+@pytest.mark.parametrize("pair", [(16, 16), (32, 32)])
 def test_every_weight_counts_at_its_place(pair):
     """One weight after the other would take long: weights of one channel of results and one tap at a time."""
     from_, to = pair
@@ -124,9 +124,8 @@ def test_blocks_fill_a_large_gpu_and_fit_its_shared_memory():
     for from_, to in PAIRS:
         plan = Plan(torch.empty(64, from_, 192, 256, device="meta", dtype=torch.float16), torch.empty(to, from_, 3, 3))
         assert plan.tiles == 64 * 16 * 8
-        assert max(plan.shared(from_), plan.shared(to, from_)) <= 227 * 1024
-        if (from_, to) in CHANNELS:  # two blocks a processor forward, of which each also takes 1 KiB
-            assert 2 * (plan.shared(from_) + 1024) <= 228 * 1024
+        assert plan.shared(to, from_) <= 227 * 1024
+        assert 2 * (plan.shared(from_) + 1024) <= 228 * 1024  # two blocks a processor, of which each takes 1 KiB more
 
 
 def test_is_a_proper_operator():
@@ -143,6 +142,7 @@ def test_weights_of_half_precision_have_gradients_of_it():
     assert x.grad.dtype == weight.grad.dtype == torch.float16
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs a CPU")
 def test_serves_no_cpu():
     assert not serves(maps(64, 16, 192, 256), weight_of(16, 16))
 

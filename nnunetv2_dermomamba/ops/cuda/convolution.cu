@@ -1,5 +1,5 @@
 // 3 x 3 convolution with "same" padding of maps (batch, height, width, channel) of 16 bits, on the tensor cores; summed
-// in float32. After four.cuh and input.cuh. Compiled with -DFROM=<channels>, -DTO=<channels of results>: 16, 32 or 64.
+// in float32. After four.cuh and input.cuh. Compiled with -DFROM=<channels>, -DTO=<channels of results>, 16 or 32.
 //
 // Blocks walk over tiles of HIGH x WIDE positions. While one is computed the next one's maps are on their way to shared
 // memory, with a border of one position where the convolution reaches around the tile, 0 outside the map. A warp makes
@@ -147,10 +147,10 @@ struct alignas(16) Quad {
 };
 
 // A convolution of K channels to N by weights in shared memory: for each tap, 16 k and two blocks of eight n, a quad a
-// lane. Of RUN blocks of n a lane's pairs are side by side in memory.
+// lane. A lane's pairs of all blocks of n are side by side in memory.
 template <int K, int N>
 struct Product {
-    static constexpr int BLOCKS = N / 8, RUN = BLOCKS < 4 ? BLOCKS : 4;
+    static constexpr int BLOCKS = N / 8;
 
     // FLIP: as the gradient of what the weights (K, N, 3, 3) were applied to; else they are (N, K, 3, 3).
     template <bool FLIP>
@@ -160,7 +160,7 @@ struct Product {
             const int sixteen = i / 256 / (BLOCKS / 2) % (K / 16), tap = i / 256 / (BLOCKS / 2) / (K / 16);
             const int k = sixteen * 16 + part % 2 * 8 + lane % 4 * 2 + odd;
             const int block = pair * 2 + part / 2, column = lane / 4;
-            const int n = block / RUN * RUN * 8 + column / 2 * 2 * RUN + block % RUN * 2 + column % 2;
+            const int n = column / 2 * 2 * BLOCKS + block * 2 + column % 2;
             values()[i] = narrow(FLIP ? weights[(k * N + n) * TAPS + TAPS - 1 - tap] : weights[(n * K + k) * TAPS + tap]);
         }
     }
@@ -191,44 +191,35 @@ struct Product {
 private:
     static __device__ __forceinline__ void write_row(const float (&sums)[2][BLOCKS][4], Input* to, const Tile& tile,
                                                      const Sizes& map) {
-        struct alignas(4 * RUN) Run {
-            Input at[2 * RUN];
+        struct alignas(4 * BLOCKS) Run {
+            Input at[2 * BLOCKS];
         };
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int column = i * 8 + lane() / 4;
             if (!tile.has_column(column, map)) continue;
-#pragma unroll
-            for (int group = 0; group < BLOCKS / RUN; ++group) {
-                Run run;
-                for (int k = 0; k < 2 * RUN; ++k)
-                    run.at[k] = narrow(sums[i / 2][group * RUN + k / 2][i % 2 * 2 + k % 2]);
-                *reinterpret_cast<Run*>(to + column * N + (group * 4 + lane() % 4) * 2 * RUN) = run;
-            }
+            Run run;
+            for (int k = 0; k < 2 * BLOCKS; ++k) run.at[k] = narrow(sums[i / 2][k / 2][i % 2 * 2 + k % 2]);
+            *reinterpret_cast<Run*>(to + column * N + lane() % 4 * 2 * BLOCKS) = run;
         }
     }
 };
 
 // The warp's part of the weights' gradient, in registers over all tiles: one of three rows of taps, of the tiles' half
-// rows one of SUBSETS, of at most 32 x 32 channels.
+// rows one of SUBSETS.
 struct WeightGradient {
-    static constexpr int PARTS = (FROM * TO + 1023) / 1024, SUBSETS = WARPS / SIDE / PARTS;
-    static constexpr int FROM_PARTS = FROM > TO ? PARTS : 1, TO_PARTS = PARTS / FROM_PARTS;
-    static constexpr int FROM_BLOCKS = FROM / 8 / FROM_PARTS, TO_PAIRS = TO / 16 / TO_PARTS;
+    static constexpr int SUBSETS = WARPS / SIDE, FROM_BLOCKS = FROM / 8, TO_PAIRS = TO / 16;
     float sums[SIDE][TO_PAIRS][FROM_BLOCKS][4] = {};
 
     static __device__ __forceinline__ int tap_row() { return warp() % SIDE; }
-    static __device__ __forceinline__ int part() { return warp() / SIDE % PARTS; }
-    static __device__ __forceinline__ int subset() { return warp() / SIDE / PARTS; }
-    static __device__ __forceinline__ int first_from() { return part() % FROM_PARTS * FROM_BLOCKS; }
-    static __device__ __forceinline__ int first_to() { return part() % TO_PARTS * TO_PAIRS * 2; }
+    static __device__ __forceinline__ int subset() { return warp() / SIDE; }
 
     __device__ __forceinline__ void add(const Positions<TO, 1>& dy, const Positions<FROM, 0>& x) {
         const int odd = lane() / 8 % 2, upper = lane() / 16;
-        const int x_at = x.at(0, lane() % 16, first_from() + upper);
+        const int x_at = x.at(0, lane() % 16, upper);
         int dy_at[SIDE];
         for (int j = 0; j < SIDE; ++j)
-            dy_at[j] = dy.at(1 - tap_row(), upper * 8 + lane() % 8 + 1 - j, first_to() + odd);
+            dy_at[j] = dy.at(1 - tap_row(), upper * 8 + lane() % 8 + 1 - j, odd);
 #pragma unroll 2
         for (int half = subset(); half < HIGH * 2; half += SUBSETS) {
             const int row = half / 2, column = half % 2 * 16;
@@ -252,8 +243,8 @@ struct WeightGradient {
             for (int m = 0; m < TO_PAIRS; ++m)
                 for (int n = 0; n < FROM_BLOCKS; ++n)
                     for (int i = 0; i < 4; ++i) {
-                        const int to = (first_to() + m * 2 + i / 2) * 8 + lane() / 4;
-                        const int from = (first_from() + n) * 8 + lane() % 4 * 2 + i % 2;
+                        const int to = (m * 2 + i / 2) * 8 + lane() / 4;
+                        const int from = n * 8 + lane() % 4 * 2 + i % 2;
                         parts[(to * FROM + from) * TAPS + tap] = sums[tap][m][n][i];
                     }
     }
@@ -278,7 +269,7 @@ __device__ __forceinline__ void walk_tiles(int tiles, const Sizes& map, F fetch_
 }
 
 // x: (batch, height, width, FROM); weights: (TO, FROM, 3, 3); y: (batch, height, width, TO).
-extern "C" __global__ void __launch_bounds__(THREADS, TO <= 32 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     convolution_forward(const Input* x, const float* weights, Input* y, int tiles, Sizes map) {
     typedef Positions<FROM, 1> Around;
     typedef Product<FROM, TO> Convolution;
