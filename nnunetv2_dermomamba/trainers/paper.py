@@ -36,6 +36,7 @@ class nnUNetTrainerDermoMambaPaper(nnUNetTrainerDermoMamba):
 
     learning_rate = 1e-4
     epochs = 200
+    warmup_epochs = 0.0
     gradient_clip = math.inf
     attention = "scalar"
 

@@ -38,6 +38,8 @@ def test_recipe(make) -> None:
     assert spatial.rotation == (-math.radians(15), math.radians(15))
     assert any(isinstance(t, MirrorTransform) for t in transforms)
     assert not any(isinstance(t, RandomTransform) for t in transforms)
+    with open(trainer.log_file) as log:
+        assert "warm-up" not in log.read()
 
 
 def test_augments_on_the_device(make) -> None:
