@@ -31,8 +31,8 @@ class Case(NamedTuple):
 def estimated_bytes(dataset: nnUNetBaseDataset) -> int:
     """Size of a data set's images and segmentations on the device, from some of its cases."""
     keys = dataset.identifiers[:: max(1, len(dataset.identifiers) // CASES_MEASURED)]
-    pixels = [_stored_bytes(dataset, key) for key in keys]
-    return round(sum(pixels) / len(pixels) * len(dataset.identifiers))
+    sizes = [_stored_bytes(dataset, key) for key in keys]
+    return round(sum(sizes) / len(sizes) * len(dataset.identifiers))
 
 
 def _stored_bytes(dataset: nnUNetBaseDataset, key: str) -> int:

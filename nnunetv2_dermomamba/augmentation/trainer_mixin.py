@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ OPTION = "DERMOMAMBA_AUGMENT_ON_DEVICE"
 CHOICES = {"1": True, "true": True, "t": True, "0": False, "false": False, "f": False}
 FASTER_ON = ("cuda",)  # device types
 RESIDENT_SHARE = 0.25  # of the free device memory; building the tensors takes twice their size for a moment
+Workers: TypeAlias = NonDetMultiThreadedAugmenter | SingleThreadedAugmenter
 
 
 class AugmentedBatches:
@@ -39,7 +40,7 @@ class AugmentedBatches:
         augmenter: changes them on the device.
     """
 
-    def __init__(self, source: ResidentDataLoader | NonDetMultiThreadedAugmenter, augmenter: BatchAugmenter) -> None:
+    def __init__(self, source: ResidentDataLoader | Workers, augmenter: BatchAugmenter) -> None:
         self.source = source
         self.augmenter = augmenter
 
@@ -85,7 +86,7 @@ class DeviceAugmentationMixin(Trainer):
         if not (self.device.type in FASTER_ON if wanted is None else wanted):
             return super().get_dataloaders()
         try:
-            loaders = self._device_dataloaders()
+            return self._device_dataloaders()
         except UntranslatableTransformError as error:
             if wanted:
                 raise UntranslatableTransformError(
@@ -93,7 +94,6 @@ class DeviceAugmentationMixin(Trainer):
                 ) from error
             self.print_to_log_file(f"Augmentation in worker processes: {error}.")
             return super().get_dataloaders()
-        return loaders
 
     def _device_dataloaders(self) -> tuple[AugmentedBatches, AugmentedBatches]:
         if len(self.configuration_manager.patch_size) != 2 or self.is_cascaded:
@@ -130,7 +130,7 @@ def _environment_choice(default: bool | None) -> bool | None:
     return CHOICES[value.lower()]
 
 
-def _free_bytes(device: torch.device) -> float:
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -161,7 +161,7 @@ def _nnunet_loader(augmenter: object) -> nnUNetDataLoader:
     return loader
 
 
-def _workers(loader: nnUNetDataLoader, device: torch.device) -> NonDetMultiThreadedAugmenter | SingleThreadedAugmenter:
+def _workers(loader: nnUNetDataLoader, device: torch.device) -> Workers:
     """nnU-Net's worker processes for a loader that only reads and crops."""
     loader.transforms = None
     count = get_allowed_n_proc_DA()

@@ -54,7 +54,7 @@ def _binary(image: Image.Image, path: str | Path) -> Image.Image:
         return _from_grey(image, path)
     if image.mode.startswith("I") or image.mode == "F":
         return _from_wide_grey(np.asarray(image), path)
-    if image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info:
+    if image.mode in ("1", "P", "RGB") and "transparency" not in image.info:
         return _from_colour(image.convert("RGB"), path)
     image = image.convert("RGBA")
     colour, alpha = image.convert("RGB"), image.getchannel("A")

@@ -44,9 +44,9 @@ class InterruptibleMixin(SafeCheckpointMixin):
             dataset.ends_with_parent = EndsWithParent()
         return datasets
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename: str) -> None:
         """As nnU-Net, except that a damaged file is passed over."""
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename)
         self.running_statistics = RunningStatistics(self.plain_network())
 
     def save_checkpoint(self, filename: str) -> None:

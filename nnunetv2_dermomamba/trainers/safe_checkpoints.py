@@ -116,7 +116,7 @@ class SafeCheckpointMixin(nnUNetTrainer):
         network = self.network.module if self.is_ddp else self.network
         return getattr(network, "_orig_mod", network)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename: str) -> None:
         """As nnU-Net; with ``--c``, a damaged or foreign file is passed over for the last good one.
 
         Raises:
@@ -125,10 +125,7 @@ class SafeCheckpointMixin(nnUNetTrainer):
         continuing = self.logger.resume and not self.was_initialized
         if not self.was_initialized:
             self.initialize()
-        if isinstance(filename_or_checkpoint, dict):
-            super().load_checkpoint(filename_or_checkpoint)
-            return
-        path, checkpoint = self._last_good(Path(filename_or_checkpoint), continuing)
+        path, checkpoint = self._last_good(Path(filename), continuing)
         super().load_checkpoint(str(path))
         _lay_out_as_weights(self.optimizer)
         self.iteration = checkpoint.get("iteration", 0)
