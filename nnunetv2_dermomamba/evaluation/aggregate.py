@@ -17,6 +17,7 @@ AUTHORS = "authors"
 COUNTS = ["tp", "fp", "fn", "tn"]
 POOLED_METRICS = ["dice", "iou", "precision", "recall", "specificity"]
 RESAMPLES = 2000
+SEED = 0  # of the draws, so that an evaluation given again tells the same intervals
 CONFIDENCE = 0.95
 
 
@@ -48,7 +49,7 @@ def counting(frame: pd.DataFrame, label: int) -> pd.DataFrame:
     return frame[(frame["label"] == label) & frame["tp"].notna()]
 
 
-def summarise(frame: pd.DataFrame, metrics: list[str], seed: int = 0) -> dict[str, dict[str, Figure]]:
+def summarise(frame: pd.DataFrame, metrics: list[str]) -> dict[str, dict[str, Figure]]:
     """Figures over the images of one class.
 
     The interval is the percentile bootstrap's: images are drawn with replacement 2000 times, the same draws for every
@@ -63,7 +64,6 @@ def summarise(frame: pd.DataFrame, metrics: list[str], seed: int = 0) -> dict[st
     Args:
         frame: One row per image with the columns ``metrics`` and ``tp``, ``fp``, ``fn``, ``tn``.
         metrics: Columns to average.
-        seed: Seed of the draws.
 
     Raises:
         ValueError: The frame has no rows.
@@ -71,7 +71,7 @@ def summarise(frame: pd.DataFrame, metrics: list[str], seed: int = 0) -> dict[st
     if frame.empty:
         raise ValueError("there is no image to summarise")
     count = len(frame)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
     figures = {PER_IMAGE: _means(frame[metrics], draws), POOLED: _pooled(frame[COUNTS], draws)}
     if "soft_dice" in metrics:
         means = figures[PER_IMAGE]
