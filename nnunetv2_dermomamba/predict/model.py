@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from nnunetv2_dermomamba.conversion.dataset import CONVERSION_KEY
 from nnunetv2_dermomamba.images.resample import MAX_SIDE
 from nnunetv2_dermomamba.network import DermoMamba
+from nnunetv2_dermomamba.predict.options import FINAL_CHECKPOINT
 
-__all__ = ["FINAL_CHECKPOINT", "Model", "ModelError", "build_network", "load_checkpoint", "load_model"]
+__all__ = ["Model", "ModelError", "build_network", "load_checkpoint", "load_model"]
 
-FINAL_CHECKPOINT = "checkpoint_final.pth"
 MAX_CHECKPOINT_BYTES = 2 << 30  # nnU-Net's largest preset, with the optimizer's state, has about 1.2 GB
 MAX_JSON_BYTES = 64 << 20
 DEPTH = 3  # nnUNet_results / Dataset118_ISIC2018 / trainer__plans__configuration

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-__all__ = ["add_model_arguments"]
+__all__ = ["FINAL_CHECKPOINT", "add_model_arguments"]
+
+FINAL_CHECKPOINT = "checkpoint_final.pth"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, use: str = "", required: bool = False) -> None:
@@ -25,7 +27,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, use: str = "", required
         help=f"nnU-Net's results folder of a trainer, or the zip that nnUNetv2_export_model_to_zip wrote{use}",
     )
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds of the model (default: all that are there)")
-    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint of each fold")
+    parser.add_argument("-chk", default=FINAL_CHECKPOINT, metavar="FILE", help="checkpoint of each fold")
     parser.add_argument(
         "--trust",
         action="store_true",

@@ -18,7 +18,8 @@ from PIL import Image
 from nnunetv2_dermomamba.images.photograph import Photograph
 from nnunetv2_dermomamba.network.ss2d import SS2D
 from nnunetv2_dermomamba.ops import describe_choice
-from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT, ModelError, build_network, load_model
+from nnunetv2_dermomamba.predict.model import ModelError, build_network, load_model
+from nnunetv2_dermomamba.predict.options import FINAL_CHECKPOINT
 from nnunetv2_dermomamba.predict.reading import photo_in_memory, read_photo
 from nnunetv2_dermomamba.predict.rendering import Classes, Prediction, render
 

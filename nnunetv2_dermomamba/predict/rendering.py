@@ -40,8 +40,8 @@ class Classes:
     def of(cls, labels: LabelManager, names: dict) -> Classes:
         """The classes that a label manager handles, with their names in ``dataset.json``."""
         if labels.has_regions:
-            foreground = [name for name, label in names.items() if name not in ("background", "ignore")]
-            return cls(tuple(int(v) for v in labels.regions_class_order), tuple(foreground), False)
+            foreground = tuple(name for name in names if name not in ("background", "ignore"))
+            return cls(tuple(int(v) for v in labels.regions_class_order), foreground, False)
         by_value = {label[0] if isinstance(label, list) else label: name for name, label in names.items()}
         values = tuple(int(value) for value in labels.foreground_labels)
         return cls(values, tuple(by_value[value] for value in values), True)

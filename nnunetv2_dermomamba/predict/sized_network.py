@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_dermomamba.predict.options import FINAL_CHECKPOINT
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -34,7 +36,7 @@ class SizedNetwork:
 
 
 def trained_model(
-    path: Path, folds: list[str] | None = None, checkpoint: str | None = None, trust: bool = False
+    path: Path, folds: list[str] | None = None, checkpoint: str = FINAL_CHECKPOINT, trust: bool = False
 ) -> SizedNetwork:
     """Read a trained model as prediction does, without trusting who made it.
 
@@ -42,7 +44,7 @@ def trained_model(
         path: nnU-Net's results folder of one trainer and configuration, or the zip file that
             ``nnUNetv2_export_model_to_zip`` writes.
         folds: Their names; None for all.
-        checkpoint: File name of the checkpoints; None for that of a finished training.
+        checkpoint: File name of the checkpoints.
         trust: Load a model that could run any code.
 
     Raises:
@@ -51,10 +53,10 @@ def trained_model(
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT, build_network, load_model
+    from nnunetv2_dermomamba.predict.model import build_network, load_model
 
     with redirect_stdout(sys.stderr):  # trainers and nnU-Net print
-        model = load_model(path, folds, checkpoint or FINAL_CHECKPOINT, trust)
+        model = load_model(path, folds, checkpoint, trust)
         plans = PlansManager(model.plans)
         network = build_network(model, plans, trust)
     configuration = plans.get_configuration(model.configuration)

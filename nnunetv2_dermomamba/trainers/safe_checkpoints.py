@@ -10,7 +10,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunetv2_dermomamba.predict.model import FINAL_CHECKPOINT
+from nnunetv2_dermomamba.predict.options import FINAL_CHECKPOINT
 
 from .checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
 
