@@ -78,7 +78,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.returncode == 0, done.stderr
 
 
-def test_evaluate_imports_no_torch(tmp_path):
+def test_evaluate_imports_no_torch():
     code = (
         "import sys; import nnunetv2_dermomamba.evaluation.evaluate, nnunetv2_dermomamba.evaluation.output\n"
         "sys.exit('torch' in sys.modules)"

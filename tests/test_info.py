@@ -85,7 +85,6 @@ def test_a_trained_model_as_folder_and_as_zip(trained, tmp_path, capsys):
 
 
 def test_evaluate_shows_a_models_cost(trained, tmp_path, capsys):
-
     masks, truth = save_pairs(tmp_path)
     assert main(["evaluate", "-p", str(masks), "-g", str(truth), "-np", "1", "--model", str(trained)]) == 0
     cost = count_cost(*_parts(trained_model(trained)))

@@ -21,7 +21,6 @@ DRAWS = 4000
 SHAPE = (3, 64, 64)  # channels, height, width
 P_VALUE = 1e-3  # seeds are fixed, so a test fails always or never
 ROTATION = (-np.pi, np.pi)
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +238,6 @@ def test_whole_pipeline():
 
 
 @pytest.mark.gpu
-@NEEDS_CUDA
 def test_device_never_waits():
     device = torch.device("cuda")
     options = {"deep_supervision_scales": [[1, 1], [0.5, 0.5]], "regions": ((1, 2), 2), "use_mask_for_norm": [True] * 3}
@@ -258,7 +256,6 @@ def test_device_never_waits():
 
 
 @pytest.mark.gpu
-@NEEDS_CUDA
 def test_device_computes_what_the_host_does():
     transforms = nnUNetTrainer.get_training_transforms((40, 48), ROTATION, None, (0, 1), False)
     transforms.transforms = [t for t in transforms.transforms if "Noise" not in repr(t)]  # another generator there

@@ -60,7 +60,6 @@ def test_estimated_bytes(preprocessed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu_without_waiting(preprocessed):
     dataset = nnUNetDatasetBlosc2(str(preprocessed / "Dataset999_Ellipses" / "nnUNetPlans_2d"))
     labels = LabelManager({"background": 0, "rim": 1, "core": 2}, None)

@@ -176,7 +176,6 @@ def test_triton_kernels_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     def test_against_scipy(self):
         pytest.importorskip("triton")

@@ -409,7 +409,6 @@ def test_two_processes_equal_the_joint_batch(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @all_cases
 class TestCuda:
     def test_equals_the_cpu_without_synchronisation(self, case):

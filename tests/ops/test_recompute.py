@@ -56,7 +56,6 @@ def test_the_decoder_keeps_no_product_of_its_skip(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_less_is_kept():
     def allocated(function):
         before = torch.cuda.memory_allocated()

@@ -228,7 +228,6 @@ def test_import_needs_neither_triton_nor_mamba_ssm() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graph_captures_the_scan() -> None:
     tensors = [t.cuda().float() for t in case_2d(8).tensors]
     expected = selective_scan_2d(*tensors)
