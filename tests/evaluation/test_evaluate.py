@@ -356,21 +356,6 @@ def test_same_dice_and_iou_as_nnunet(tmp_path):
         assert evaluation.figures[1]["per_image"][metric].value == pytest.approx(theirs["mean"]["1"][key], rel=1e-12)
 
 
-def test_same_thresholded_jaccard_as_the_challenge(tmp_path):
-    """``make references`` installs the scorer where it can."""
-    segmentation = pytest.importorskip("isic_challenge_scoring.segmentation")
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        truth = disc(centre=(48, 64), radius=rng.uniform(15, 40)) & (i != 0)
-        prediction = np.roll(truth, rng.integers(-15, 16), axis=1) & (i != 1)
-        save_mask(tmp_path / "truth" / f"ISIC_{i:07d}_segmentation.png", truth)
-        save_mask(tmp_path / "masks" / f"ISIC_{i:07d}_mask.png", prediction)
-    score = segmentation.SegmentationScore.from_dir(tmp_path / "truth", tmp_path / "masks")
-    figures = evaluate(tmp_path / "masks", tmp_path / "truth").figures[1]["per_image"]
-    assert figures["thresholded_jaccard"].value == pytest.approx(score.overall, rel=1e-12)
-    assert 0.1 < score.overall < 0.9  # some cases on either side of the threshold
-
-
 def test_each_class_has_its_probability_map(tmp_path, capsys):
     truth = np.zeros((20, 30), np.uint8)
     truth[3:9, 4:12], truth[12:18, 15:25] = 1, 2
