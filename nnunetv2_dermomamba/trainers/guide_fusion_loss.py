@@ -44,9 +44,10 @@ class GuideFusionLossMixin(nnUNetTrainer):
         return loss
 
     def train_step(self, batch: dict) -> dict:
-        """The trainer's own step; keeps the loss's parts where they are, on the device."""
+        """The trainer's own step; the loss, of nnU-Net's step an array, and its parts as tensors on the device."""
         outputs = super().train_step(batch)
-        return {**outputs, "loss_parts": torch.stack(self.guide_fusion_loss.parts)}
+        loss = torch.as_tensor(outputs["loss"], device=self.device)
+        return {**outputs, "loss": loss, "loss_parts": torch.stack(self.guide_fusion_loss.parts)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As the trainer's own; logs the means of the loss's two parts."""

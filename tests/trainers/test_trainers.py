@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from nnunetv2_dermomamba import trainers
 from nnunetv2_dermomamba.network import DermoMamba
@@ -75,7 +76,9 @@ def test_trains(make, name: str, labels: str) -> None:
     before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     trainer.on_train_start()
     trainer.on_train_epoch_start()
-    trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)])
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+    assert {value.device for output in outputs for value in output.values()} == {trainer.device}
+    trainer.on_train_epoch_end(outputs)
     with torch.no_grad():
         trainer.on_validation_epoch_start()
         trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
@@ -92,3 +95,30 @@ def test_trains(make, name: str, labels: str) -> None:
         assert "Selective scan backend: numba for cpu" in log
         assert not trainer.enable_deep_supervision
         assert trainer.optimizer.param_groups[0]["lr"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_of_nnunets_own_network_goes_on_within_an_epoch(preprocessed, plans, dataset_json, monkeypatch, device):
+    class Stopped(trainers.nnUNetTrainerGuideFusionLoss):
+        def train_step(self, batch):
+            if self.iteration == 2 and not self.logger.resume:
+                self.save_progress()
+                raise InterruptedError
+            return super().train_step(batch)
+
+    def make(continues: bool) -> Stopped:
+        trainer = Stopped({**copy.deepcopy(plans), "continue_training": continues}, "2d", 0, dataset_json, device)
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 4, 1
+        trainer.logger.plot_progress_png = lambda folder: None
+        return trainer
+
+    for name, value in {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}.items():
+        monkeypatch.setenv(name, value)
+    device = torch.device(device)
+    with pytest.raises(InterruptedError):
+        make(False).run_training()
+    trainer = make(True)
+    maybe_load_checkpoint(trainer, True, False)
+    assert trainer.iteration == 2
+    trainer.run_training()
+    assert math.isfinite(trainer.logger.get_value("train_losses", step=-1))
