@@ -37,6 +37,12 @@ class InterruptibleMixin(SafeCheckpointMixin):
         super().initialize()
         self.running_statistics = RunningStatistics(self.plain_network())
 
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """As nnU-Net; from a seed, each process and a run that goes on augment in their own way."""
+        if self.seed is not None:
+            seed_generators(self.seed, self.local_rank, self.current_epoch, self.iteration)
+        return super().get_dataloaders()
+
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """As nnU-Net; the processes that they are sent to end with this one."""
         datasets = super().get_tr_and_val_datasets()

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import small_training
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
@@ -95,6 +96,18 @@ def test_trains(make, name: str, labels: str) -> None:
         assert "Selective scan backend: numba for cpu" in log
         assert not trainer.enable_deep_supervision
         assert trainer.optimizer.param_groups[0]["lr"] > 0
+
+
+def test_with_a_seed_each_process_and_a_run_that_goes_on_draw_their_own_augmentation(small) -> None:
+    def drawn(rank: int, epoch: int) -> float:
+        trainer = small_training.make(small)
+        trainer.augment_on_device = True
+        trainer.initialize()
+        trainer.local_rank, trainer.current_epoch = rank, epoch
+        return trainer.get_dataloaders()[0].augmenter.rng.random()
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert len({drawn(0, 0), drawn(1, 0), drawn(0, 3)}) == 3
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
