@@ -144,7 +144,7 @@ def _tell_what_is_next(folder: Path, number: int) -> None:
     if training < FOLDS:
         print(
             f"Note: nnU-Net's {FOLDS} folds need {FOLDS} training cases, and here are {training}: add images, or train "
-            f"on all, without validation: nnUNetv2_train {number} 2d all"
+            f"on all, none held out: nnUNetv2_train {number} 2d all -tr nnUNetTrainerDermoMamba"
         )
     print(f"Next: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
 
