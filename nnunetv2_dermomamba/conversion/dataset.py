@@ -31,7 +31,7 @@ from nnunetv2_dermomamba.cores import available_cores
 from nnunetv2_dermomamba.folder_lock import locked
 from nnunetv2_dermomamba.journal import Journal, fingerprint, read_journal
 
-__all__ = ["CHANNEL_NAMES", "CONVERSION_KEY", "Description", "Options", "convert_dataset"]
+__all__ = ["CHANNEL_NAMES", "CONVERSION_KEY", "SKIPPED_FILE", "Description", "Options", "convert_dataset"]
 
 # nnU-Net derives the normalisation from the channel names: these mean z-score per image, and division by 255.
 CHANNEL_NAMES = {"zscore": ("R", "G", "B"), "rgb_to_0_1": ("rgb_to_0_1",) * 3}
@@ -116,7 +116,8 @@ def convert_dataset(
                 "Mend or remove what is bad, or give --skip-bad to go on without it. "
                 f"No data set was written; the cases already converted wait in {str(partial)!r} for the next run."
             )
-        _finish(partial / "dataset", records, problems, description, options)
+        _describe(partial / "dataset", records, problems, description, options)
+        _remove_strays(partial / "dataset", {file for record in records for file in record["files"]})
         _say_what_was_stretched(records)
         before_publishing(sorted(record["case"] for record in records if record["subset"] == "training"))
         _publish(partial, folder)
@@ -239,10 +240,10 @@ def _initialise_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _finish(
+def _describe(
     staging: Path, records: list[dict], problems: list[Problem], description: Description, options: Options
 ) -> None:
-    """Write the descriptive files and remove what an earlier, interrupted run with other cases left."""
+    """Write ``dataset.json``, and what became of which case."""
     training = [record for record in records if record["subset"] == "training"]
     if not training:
         raise ConversionError("no training case is left")
@@ -274,7 +275,9 @@ def _finish(
         text = "".join(f"{problem}\n" for problem in problems)
         (staging / SKIPPED_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    kept = {dataset_file for record in records for dataset_file in record["files"]}
+
+def _remove_strays(staging: Path, kept: set[str]) -> None:
+    """Remove what an earlier, interrupted run with other cases left."""
     for sub_folder in staging.iterdir():
         if sub_folder.is_dir():
             for file in sub_folder.iterdir():

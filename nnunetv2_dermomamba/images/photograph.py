@@ -27,6 +27,8 @@ __all__ = [
     "FORMATS",
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
+    "SIDEWAYS",
+    "TRANSPOSE",
     "Photograph",
     "as_photograph",
     "exif_orientation",

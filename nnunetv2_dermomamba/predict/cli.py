@@ -19,6 +19,7 @@ from nnunetv2_dermomamba.predict.options import add_model_arguments
 from nnunetv2_dermomamba.predict.photos import FAILED_FILE, InputError, find_photos
 
 if TYPE_CHECKING:
+    from nnunetv2_dermomamba.predict.predictor import Predictor
     from nnunetv2_dermomamba.predict.stream import Report
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -104,28 +105,13 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_dermomamba.predict.model import ModelError
     from nnunetv2_dermomamba.predict.outputs import Outputs
-    from nnunetv2_dermomamba.predict.predictor import Predictor
     from nnunetv2_dermomamba.predict.stream import predict_photos
 
     try:
-        predictor = Predictor(
-            args.model,
-            args.device,
-            folds=args.f,
-            checkpoint=args.chk,
-            mirroring=not args.disable_tta,
-            step_size=args.step_size,
-            trust=args.trust,
-        )
+        predictor = _load(args)
     except (ModelError, RuntimeError) as error:  # the device is not there, or its memory is too small
         return _fail(error)
-    model = predictor.model
-    print(
-        f"{model.trainer}, {model.checkpoint} of fold {', '.join(model.folds)}, on {predictor.device}", file=sys.stderr
-    )
-    if predictor.scan:
-        print(predictor.scan, file=sys.stderr)
-    settings = {"folds": model.folds, "mirroring": not args.disable_tta, "step size": args.step_size}
+    settings = {"folds": predictor.model.folds, "mirroring": not args.disable_tta, "step size": args.step_size}
     try:
         with tqdm(total=len(photos), unit="photo", disable=None) as bar:
             report = predict_photos(
@@ -143,6 +129,28 @@ def run(args: argparse.Namespace) -> int:
         return _fail(f"{error}. What is complete was kept; give the command again with --resume to go on")
     _tell(report, args.o)
     return 1 if report.failed else 0
+
+
+def _load(args: argparse.Namespace) -> Predictor:
+    """Read the model, and print what it is and what it runs on."""
+    from nnunetv2_dermomamba.predict.predictor import Predictor
+
+    predictor = Predictor(
+        args.model,
+        args.device,
+        folds=args.f,
+        checkpoint=args.chk,
+        mirroring=not args.disable_tta,
+        step_size=args.step_size,
+        trust=args.trust,
+    )
+    model = predictor.model
+    print(
+        f"{model.trainer}, {model.checkpoint} of fold {', '.join(model.folds)}, on {predictor.device}", file=sys.stderr
+    )
+    if predictor.scan:
+        print(predictor.scan, file=sys.stderr)
+    return predictor
 
 
 def _tell(report: Report, folder: Path) -> None:
