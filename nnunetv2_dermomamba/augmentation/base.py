@@ -23,6 +23,10 @@ class BatchTransform(ABC):
         """Random parameters (float32 or int64) for a batch of images of shape (samples, channels, height, width)."""
         return {}
 
+    def output_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the images that ``apply`` makes of images of a shape."""
+        return shape
+
     @abstractmethod
     def apply(
         self, image: torch.Tensor, segmentation: Segmentation, **parameters: torch.Tensor

@@ -61,6 +61,9 @@ class RotateScaleCrop(BatchTransform):
         changed = rotated | scaled
         return {"samples": np.flatnonzero(changed), "affine": affine[changed].astype(np.float32)}
 
+    def output_shape(self, shape: torch.Size) -> torch.Size:  # noqa: D102
+        return torch.Size((*shape[:2], *self.patch_size))
+
     def apply(  # noqa: D102
         self, image: torch.Tensor, segmentation: Segmentation, **parameters: torch.Tensor
     ) -> tuple[torch.Tensor, Segmentation]:

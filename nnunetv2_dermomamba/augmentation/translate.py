@@ -68,7 +68,10 @@ class BatchAugmenter:
             Image and segmentation of the network's patch size; the latter boolean after conversion to regions, and a
             list with deep supervision.
         """
-        drawn = [transform.draw(self.rng, image.shape) for transform in self.transforms]
+        drawn, shape = [], image.shape
+        for transform in self.transforms:
+            drawn.append(transform.draw(self.rng, shape))
+            shape = transform.output_shape(shape)
         result: Segmentation = segmentation
         for transform, parameters in zip(self.transforms, to_device(drawn, self.device), strict=True):
             image, result = transform.apply(image, result, **parameters)

@@ -7,9 +7,12 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast
+from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy import stats
+from tolerances import FORWARD, relative_error
 
 from nnunetv2_dermomamba.augmentation.base import PlaneTransform
 from nnunetv2_dermomamba.augmentation.blur import gaussian_kernels
@@ -235,6 +238,16 @@ def test_whole_pipeline():
     ours = statistics(*augmenter(transforms, seed=1)(image, segmentation))
     for name in theirs:
         assert same_distribution(ours[name], theirs[name]), name
+
+
+def test_low_resolution_is_a_share_of_the_cropped_patch():
+    spatial = pipeline().transforms[0]
+    spatial.patch_size, spatial.p_rotation, spatial.p_scaling = (40, 48), 0, 0
+    transforms = ComposeTransforms([spatial, SimulateLowResolutionTransform(0.5, False, True, None)])
+    image, segmentation = batch_of_lesions(4)
+    expected = torch.stack([transforms(image=i.clone(), segmentation=segmentation[0])["image"] for i in image])
+    result, _ = augmenter(transforms)(image, segmentation)
+    assert relative_error(result, expected) <= FORWARD[torch.float32]
 
 
 @pytest.mark.gpu
