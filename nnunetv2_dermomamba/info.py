@@ -55,7 +55,7 @@ def backends() -> dict[str, dict[str, str]]:
 
     requested = os.environ.get(ENVIRONMENT_VARIABLE)
     result = {}
-    for device in ["cuda"] * torch.cuda.is_available() + ["cpu"]:
+    for device in dict.fromkeys(name.partition(":")[0] for name in devices()):
         try:
             chosen = choose_backend(device, torch.float32)
         except (RuntimeError, ValueError) as error:

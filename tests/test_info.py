@@ -7,6 +7,7 @@ import pytest
 import torch
 from masks import save_pairs
 
+from nnunetv2_dermomamba import info
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.cost import count_cost
 from nnunetv2_dermomamba.info import versions
@@ -32,6 +33,13 @@ def test_text_and_json(capsys):
     assert list(shown["backends"]["cpu"]) == [backend.name for backend in BACKENDS]
     assert sum(reason == "used" for reason in shown["backends"]["cpu"].values()) == 1
     assert "not cpu" in shown["backends"]["cpu"]["triton"]
+
+
+def test_backends_of_every_type_of_device_are_shown(monkeypatch):
+    monkeypatch.setattr(info, "devices", lambda: {"cuda:0": "A", "cuda:1": "B", "mps": "C", "cpu": "D"})
+    shown = info.backends()
+    assert list(shown) == ["cuda", "mps", "cpu"]
+    assert shown["mps"]["torch"] == "used"
 
 
 def test_a_requested_backend_is_shown(monkeypatch, capsys):
