@@ -104,13 +104,14 @@ def demo_environment(folder: Path) -> dict[str, str]:
 def real_pairs(archive: Path, folder: Path) -> list[Case]:
     """Real training pairs, enough of them and none where the demo's folder is emptied."""
     try:
-        pairs = [case for case in find_isic2018(archive).cases if case.mask is not None]
+        pairs = [case for case in find_isic2018(Path(os.path.abspath(archive))).cases if case.mask is not None]
     except ConversionError as error:
         sys.exit(str(error))
     if len(pairs) < HELD_OUT + FOLDS:
         sys.exit(f"{archive}: {len(pairs)} image-mask pairs are too few for the demo, which needs {HELD_OUT + FOLDS}")
     remade = [folder / part for part in REMADE]
-    for parent in {path.parent.resolve() for case in pairs for path in (case.image, case.mask)}:
+    parents = {path.parent for case in pairs for path in (case.image, case.mask)}
+    for parent in parents | {parent.resolve() for parent in parents}:  # links among the remade are removed, too
         if any(parent.is_relative_to(part) for part in remade):
             sys.exit(f"{parent} holds the source and would be emptied; give another --folder, or another --source")
     return pairs
@@ -124,6 +125,8 @@ def empty_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
     for part in REMADE:
+        if (folder / part).is_symlink():
+            (folder / part).unlink()  # what it points at is the user's
         shutil.rmtree(folder / part, ignore_errors=True)
 
 

@@ -62,6 +62,34 @@ def test_the_demos_own_folder_is_emptied(demo, monkeypatch, tmp_path):
         left.touch()
 
 
+@pytest.mark.parametrize("part", ["source", "nnUNet_raw"])
+def test_a_link_is_removed_and_not_followed(demo, monkeypatch, tmp_path, part):
+    monkeypatch.setattr(demo, "TRAINING", 1)
+    mine = tmp_path / "mine"
+    write_isic2018_layout(mine, 2)
+    before = {file: file.read_bytes() for file in mine.rglob("*.*")}
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / demo.MARKER).touch()
+    (folder / part).symlink_to(mine)
+    with pytest.raises(InterruptedError):
+        start(demo, monkeypatch, "--folder", folder)
+    assert not (folder / part).is_symlink()
+    assert {file: file.read_bytes() for file in mine.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("source", ["demo/source", "demo/../demo"])
+def test_a_source_behind_a_link_that_would_be_removed_is_refused(demo, monkeypatch, tmp_path, source):
+    folder = tmp_path / "demo"
+    write_isic2018_layout(tmp_path / "mine", demo.HELD_OUT + demo.FOLDS)
+    folder.mkdir()
+    (folder / demo.MARKER).touch()
+    (folder / "source").symlink_to(tmp_path / "mine")
+    with pytest.raises(SystemExit, match="would be emptied"):
+        start(demo, monkeypatch, "--folder", folder, "--source", tmp_path / source)
+    assert (folder / "source").is_symlink()
+
+
 def test_a_wrong_source_is_said_before_anything_is_removed(demo, monkeypatch, tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
