@@ -132,6 +132,7 @@ def _error(message: str) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from nnunetv2_dermomamba.evaluation import output
+    from nnunetv2_dermomamba.evaluation.compare import check_comparable
     from nnunetv2_dermomamba.evaluation.evaluate import MISSING, Settings, evaluate
     from nnunetv2_dermomamba.evaluation.report import thumbnail_pixels, write_report
 
@@ -145,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
         _check_target(target)
     other = None
     if args.against and args.against.suffix.lower() == ".csv":
-        other = _read_other(args.against, settings.classes, args.ground_truth)
+        other = output.read_csv(args.against)
     cost = None
     if args.model:
         from nnunetv2_dermomamba.cost import count_cost
@@ -155,12 +156,19 @@ def _run(args: argparse.Namespace) -> int:
     shared = {"settings": settings, "processes": args.np, "progress": True}
     if args.against and other is None:
         other = evaluate(args.against, args.ground_truth, **shared).frame
+
+    def check_other(cases: set[str]) -> None:
+        if other is not None:
+            for label in settings.classes:
+                check_comparable(other, label, cases, str(args.against))
+
     evaluation = evaluate(
         args.predictions,
         args.ground_truth,
         probabilities=args.probabilities,
         images=args.images,
         thumbnail=thumbnail_pixels if args.report else None,
+        before_scoring=check_other,
         **shared,
     )
     if other is not None:
@@ -189,18 +197,6 @@ def _check_target(file: Path) -> None:
         check_writable(file.parent)
     except OSError as error:
         raise OSError(f"{error}. Nothing was scored; name a file elsewhere, or make this folder writable") from error
-
-
-def _read_other(table: Path, classes: tuple[int, ...], ground_truth: Path) -> pd.DataFrame:
-    """Another method's table, checked before anything is scored."""
-    from nnunetv2_dermomamba.evaluation.compare import check_comparable
-    from nnunetv2_dermomamba.evaluation.output import read_csv
-    from nnunetv2_dermomamba.evaluation.pairing import index_masks
-
-    frame, cases = read_csv(table), set(index_masks(ground_truth)[0])
-    for label in classes:
-        check_comparable(frame, label, cases, str(table))
-    return frame
 
 
 def _is_incomplete(frame: pd.DataFrame, tolerated: str | None) -> bool:

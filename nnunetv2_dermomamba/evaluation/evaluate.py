@@ -129,6 +129,7 @@ def evaluate(
     processes: int = 1,
     thumbnail: Callable[[int], int] | None = None,
     progress: bool = False,
+    before_scoring: Callable[[set[str]], None] = lambda cases: None,
 ) -> Evaluation:
     """Score every ground-truth mask of a folder against its prediction.
 
@@ -143,6 +144,7 @@ def evaluate(
         processes: Worker processes.
         thumbnail: If the gallery is wanted: pixels on the longer side of its pictures, given the number of cases.
         progress: Show a progress bar.
+        before_scoring: Called with the names of the cases before any is scored; what it raises keeps them from being.
 
     Raises:
         PairingError: The folders cannot be matched.
@@ -150,6 +152,7 @@ def evaluate(
     """
     settings = settings or Settings()
     pairing = pair(predictions, ground_truth, probabilities, images)
+    before_scoring({case.name for case in pairing.cases})
     score = partial(
         _score_case,
         settings=settings,

@@ -11,6 +11,7 @@ from PIL import Image
 
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.cost import Cost
+from nnunetv2_dermomamba.evaluation import pairing
 from nnunetv2_dermomamba.evaluation.evaluate import Settings, evaluate
 from nnunetv2_dermomamba.evaluation.metrics import mask_metrics
 from nnunetv2_dermomamba.evaluation.output import paper_rows, read_csv
@@ -247,7 +248,16 @@ def scores_nothing(monkeypatch):
     def score(*_, **__):
         raise AssertionError("scored")
 
-    monkeypatch.setattr("nnunetv2_dermomamba.evaluation.evaluate.evaluate", score)
+    monkeypatch.setattr("nnunetv2_dermomamba.evaluation.evaluate._score_case", score)
+
+
+def test_a_table_to_compare_with_costs_no_second_search_of_the_ground_truth(pairs, tmp_path, monkeypatch):
+    masks, truth = pairs
+    assert run("-p", masks, "-g", truth, "--csv", tmp_path / "a.csv") == 0
+    searched, search = [], pairing._files
+    monkeypatch.setattr(pairing, "_files", lambda folder: searched.append(folder) or search(folder))
+    assert run("-p", masks, "-g", truth, "--against", tmp_path / "a.csv") == 0
+    assert sorted(searched) == sorted(pairs)
 
 
 @pytest.mark.parametrize("column", ["label", "case"])
