@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_dermomamba.journal import fingerprint, read_journal
+from nnunetv2_dermomamba.predict.measurements import COLUMNS
 from nnunetv2_dermomamba.predict.outputs import Outputs
 from nnunetv2_dermomamba.predict.photos import CSV_FILE, FAILED_FILE, JOURNAL_FILE, InputError, Photo
 from nnunetv2_dermomamba.predict.rendering import Classes
 
 __all__ = ["earlier_entries", "remove_results", "result_files", "take_up"]
+
+# How what a run writes beside the masks begins: the table with its heading, the list with a path in quotes.
+BEGINNINGS = {CSV_FILE: (",".join(COLUMNS).encode(),), FAILED_FILE: (b"'", b'"')}
 
 Entries = dict[str, dict[str, Any]]
 """Of the journal, by the name of the photograph: its ``files``; and once they are complete, what they were made of."""
@@ -29,8 +33,10 @@ def earlier_entries(folder: Path, settings: dict, resume: bool) -> Entries:
         InputError: The results to resume were made otherwise, or what the run writes beside them is not a run's own.
     """
     earlier = read_journal(folder / JOURNAL_FILE)
+    _refuse_to_replace(
+        folder / name for name in BEGINNINGS if earlier is None or not _begins_as_a_runs_own(folder / name)
+    )
     if earlier is None:
-        _refuse_to_replace(folder / name for name in (CSV_FILE, FAILED_FILE))
         return {}
     if not resume:
         return {name: {"name": name, "files": entry.get("files", [])} for name, entry in earlier[1].items()}
@@ -96,6 +102,10 @@ def _check(name: str, entry: dict[str, Any], outputs: Outputs, classes: Classes,
         if os.path.join(folder, file.name) in sources:
             raise InputError(f"{str(file)!r} would overwrite a photograph; give another folder for the masks")
     _refuse_to_replace(files.difference(earlier))
+
+
+def _begins_as_a_runs_own(file: Path) -> bool:
+    return file.is_file() and file.read_bytes().startswith(BEGINNINGS[file.name])
 
 
 def _refuse_to_replace(files: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ from scipy import ndimage
 from nnunetv2_dermomamba.files import write_file
 from nnunetv2_dermomamba.predict.rendering import Classes, Rendered
 
-__all__ = ["measure", "write_csv"]
+__all__ = ["COLUMNS", "measure", "write_csv"]
 
 COLUMNS = (
     "photo", "mask", "class", "width", "height", "area_pixels", "area_percent", "x_min", "y_min", "x_max", "y_max",

@@ -214,6 +214,20 @@ def test_a_table_or_list_that_is_not_the_runs_is_not_replaced(photos, unet, tmp_
     assert tree(out) == {there: b"mine"}
 
 
+@pytest.mark.parametrize("there", ["failed.txt", "predictions.csv"])
+def test_nor_is_one_that_was_put_among_earlier_results(photos, unet, tmp_path, capsys, there):
+    out = tmp_path / "out"
+    (photos / "broken.jpg").write_bytes(b"no photograph")
+    for options in ([], ["--csv"], ["--csv", "--resume"]):  # a run's own table and list are replaced
+        assert predict(photos, out, unet, *options) == 1
+    (out / there).write_text("mine")
+    before = tree(out)
+    for options in ([], ["--resume"]):
+        assert predict(photos, out, unet, *options) == 2
+        assert f"{there}' exists and is no result of an earlier run" in capsys.readouterr().err
+        assert tree(out) == before
+
+
 def test_an_earlier_result_that_is_a_photograph_now_is_not_removed(photos, unet, capsys):
     listed = photos / "list.txt"
     listed.write_text("a.jpg\n")
