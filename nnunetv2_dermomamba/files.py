@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import tempfile
@@ -13,6 +14,7 @@ __all__ = ["MAX_NAME_BYTES", "check_writable", "remove_unfinished", "whole_file"
 
 MAX_NAME_BYTES = 255  # of one file name, on common file systems
 UNFINISHED = ".writing-"
+RANDOM_BYTES = 8
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def whole_file(path: Path, unfinished: str | None = None) -> Iterator[Path]:
     Yields:
         Where to write it. Whatever the body raises, nothing is left there.
     """
-    temporary = path.with_name(unfinished or f"{UNFINISHED}{secrets.token_hex(8)}")
+    temporary = path.with_name(unfinished or f"{_unfinished(path)}{secrets.token_hex(RANDOM_BYTES)}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -51,11 +53,18 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def remove_unfinished(folders: Iterable[Path]) -> None:
-    """Remove what a killed process was writing under a name of `whole_file`'s own choice."""
-    for folder in folders:
+def remove_unfinished(files: Iterable[Path]) -> None:
+    """Remove what a killed process was writing of these files under a name of `whole_file`'s own choice."""
+    beginnings = {file.with_name(_unfinished(file)) for file in files}
+    for folder in {beginning.parent for beginning in beginnings}:
         for file in folder.glob(f"{UNFINISHED}*"):
-            file.unlink(missing_ok=True)
+            if file.with_name(file.name[: -2 * RANDOM_BYTES]) in beginnings:
+                file.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> str:
+    """How the names begin that a file has until it is complete: no other file's do."""
+    return f"{UNFINISHED}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 def check_writable(folder: Path) -> None:

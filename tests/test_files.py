@@ -90,7 +90,9 @@ with whole_file(Path(sys.argv[1], "name"), *sys.argv[2:]) as temporary:
         killed = subprocess.run([sys.executable, "-c", code, tmp_path, *unfinished], check=False)
         assert killed.returncode < 0
     assert len(os.listdir(tmp_path)) == 2
-    remove_unfinished([tmp_path])
+    remove_unfinished([tmp_path / "other", tmp_path / "folder" / "name"])
+    assert len(os.listdir(tmp_path)) == 2
+    remove_unfinished([tmp_path / "name"])
     assert os.listdir(tmp_path) == [".name.partial"]
     with whole_file(tmp_path / "name", ".name.partial") as temporary:
         temporary.write_bytes(b"whole")

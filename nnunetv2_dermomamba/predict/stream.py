@@ -98,7 +98,9 @@ def predict_photos(
         entries = earlier_entries(folder, settings, resume)
         todo = take_up(photos, entries, outputs, predictor.classes)
         if resume:
-            remove_unfinished({folder, *(outputs.mask(photo.name).parent for photo in photos)})
+            # Of this folder's runs only: another one may be at work in a folder below it, or above.
+            beside = [folder / name for name in (CSV_FILE, FAILED_FILE, JOURNAL_FILE)]
+            remove_unfinished([*beside, *(file for item in entries.items() for file in result_files(*item, outputs))])
         report = Report(skipped=len(photos) - len(todo))
         progress(report.skipped)
         with closing(Journal(folder / JOURNAL_FILE, settings, entries)) as journal:

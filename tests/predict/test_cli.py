@@ -16,6 +16,7 @@ from predict_helpers import photograph
 
 from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.evaluation.pairing import index_masks
+from nnunetv2_dermomamba.files import whole_file
 from nnunetv2_dermomamba.folder_lock import locked
 from nnunetv2_dermomamba.predict.photos import JOURNAL_FILE
 
@@ -247,6 +248,21 @@ def test_one_run_at_a_time_in_an_output_folder(photos, unet, tmp_path, capsys):
     assert f"another prediction is at work in {str(out)!r}" in capsys.readouterr().err
     assert tree(out) == {}
     assert predict(photos, out, unet) == 0
+
+
+@pytest.mark.parametrize(("killed", "at_work"), [(".", "sub dir"), ("sub dir", ".")])
+def test_a_resumed_run_leaves_what_another_one_is_writing_above_or_below(photos, unet, tmp_path, killed, at_work):
+    out, source = tmp_path / "out" / killed, photos / killed
+    assert predict(source, out, unet) == 0
+    with whole_file(next(out.rglob("皮膚_mask.png"))) as left:
+        left.write_bytes(b"whole")
+    left.write_bytes(b"part")  # as a kill leaves it
+    with whole_file(tmp_path / "out" / "sub dir" / "b_mask.png") as writing:
+        writing.write_bytes(b"part")
+        with locked(tmp_path / "out" / at_work, AssertionError()):
+            assert predict(source, out, unet, "--resume") == 0
+        assert writing.exists()
+    assert not left.exists()
 
 
 def test_results_of_another_model_are_not_resumed(photos, unet, model, tmp_path, capsys):
