@@ -11,6 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _unpack(archive: Path, folder: Path) -> None:
         with zipfile.ZipFile(archive) as content:
             for member in tqdm(content.infolist(), desc=f"unpacking {archive.name}", unit="file"):
                 content.extract(member, temporary)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ConversionError(f"{str(archive)!r} is damaged ({error}). Remove it and run again.") from error
     wrapped = temporary / folder.name

@@ -128,9 +128,9 @@ def test_refusals(server, tmp_path, monkeypatch):
     assert not (tmp_path / "a.zip").exists()
 
 
-def archive(folder, name, wrapped=True):
+def archive(folder, name, compression=zipfile.ZIP_STORED, wrapped=True):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as content:
+    with zipfile.ZipFile(buffer, "w", compression) as content:
         for file in folder.iterdir():
             content.write(file, f"{name}/{file.name}" if wrapped else file.name)
     return buffer.getvalue()
@@ -165,7 +165,10 @@ def test_a_damaged_archive_leaves_no_folder(server, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.txt").write_text("x" * 1000)
     whole = archive(tmp_path / "in", "A")
-    for damaged in (whole[:-30], whole.replace(b"x" * 1000, b"x" * 999 + b"y")):
+    compressed = archive(tmp_path / "in", "A", zipfile.ZIP_DEFLATED)
+    stream = compressed.index(b"x.txt") + len("x.txt")
+    damage = [whole[:-30], whole.replace(b"x" * 1000, b"x" * 999 + b"y")]
+    for damaged in (*damage, compressed[:stream] + b"\xff" + compressed[stream + 1 :]):
         server.files["A.zip"] = damaged
         with pytest.raises(ConversionError, match="damaged"):
             download_archives(["A"], server.address, tmp_path / "out")
