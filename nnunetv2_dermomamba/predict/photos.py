@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_dermomamba.images.photograph import IMAGE_SUFFIXES
+from nnunetv2_dermomamba.journal import read_journal
 from nnunetv2_dermomamba.predict.reading import is_dicom
 
 __all__ = [
@@ -69,6 +70,7 @@ def find_photos(source: str | Path, output: Path) -> list[Photo]:
         source: A file; a folder, searched recursively; a glob; or a ``.txt`` file with a path on each line (relative
             ones to its own folder), or with paths that end in zero bytes.
         output: Folder for the results; if it lies in the source folder, or where a glob looks, it is not searched.
+            Results of runs into other folders there are no photographs either.
 
     Returns:
         The photographs, sorted. Each is named by its path below the folder, without suffix; photographs that would get
@@ -89,7 +91,7 @@ def _files(source: str, output: Path) -> tuple[Path, list[Path]]:
     if path.is_dir():
         if os.path.realpath(path) == os.path.realpath(output):
             raise _among_photographs(output)
-        return path, list(_search(path, os.path.realpath(output)))
+        return path, _without_results(list(_search(path, os.path.realpath(output))))
     if path.suffix.lower() == LIST_SUFFIX and path.is_file():
         files = [Path(os.path.abspath(path)).parent / line for line in _lines(path)]
         return _common_folder(files), files
@@ -97,8 +99,17 @@ def _files(source: str, output: Path) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if glob.has_magic(source):
         fixed = Path(*_until_magic(path.parent.parts))
-        return fixed, _matching(source, fixed, output)
+        return fixed, _without_results(_matching(source, fixed, output))
     raise InputError(f"{source!r} does not exist")
+
+
+def _without_results(files: list[Path]) -> list[Path]:
+    """The files but those that runs into folders around them wrote, as the journals there tell."""
+    results = set()
+    for folder in {parent for file in files for parent in file.parents}:
+        _, entries = read_journal(folder / JOURNAL_FILE) or ({}, {})
+        results |= {(folder / name).with_name(file) for name, e in entries.items() for file in e.get("files", [])}
+    return [file for file in files if file not in results]
 
 
 def _among_photographs(output: Path) -> InputError:

@@ -194,6 +194,19 @@ def test_results_of_other_photographs_remain_replaceable(photos, unet, tmp_path)
     assert set(tree(out)) == {"a_mask.png", "皮膚_mask.png", JOURNAL_FILE}
 
 
+@pytest.mark.parametrize("source", [".", "**/*.[jpw]*"])
+def test_results_among_the_photographs_are_no_photographs(photos, unet, tmp_path, source):
+    (photos / "list.txt").write_text("a.jpg\na.png\n")
+    assert predict(photos / "list.txt", photos, unet, "--overlay") == 0
+    assert predict(photos, photos / "sub dir" / "masks", unet, "--overlay", "--probabilities") == 0
+    assert predict(photos / source, tmp_path / "out", unet) == 0
+    assert {name for name in tree(tmp_path / "out") if name != JOURNAL_FILE} == {
+        "a.jpg_mask.png",
+        "a.png_mask.png",
+        "sub dir/皮膚_mask.png",
+    }
+
+
 @pytest.mark.parametrize("source", ["a.jpg", "list.txt"])
 @pytest.mark.parametrize("there", ["a_mask.png", "a_overlay.jpg", "a_probability.png"])
 def test_files_that_are_no_results_are_not_replaced(photos, unet, tmp_path, capsys, source, there):
