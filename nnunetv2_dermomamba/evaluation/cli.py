@@ -44,6 +44,7 @@ Exit status: 0 if every case was scored, 1 if some were not, 2 if nothing was.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,8 +143,10 @@ def _run(args: argparse.Namespace) -> int:
         resize=args.resize,
         tolerance=args.boundary_tolerance / 100,
     )
-    for target in filter(None, (args.csv, args.json, args.report)):
+    targets = [file for file in (args.csv, args.json, args.report) if file]
+    for target in targets:
         _check_target(target)
+    _check_distinct([args.against, *targets] if args.against else targets)
     other = None
     if args.against and args.against.suffix.lower() == ".csv":
         other = output.read_csv(args.against)
@@ -197,6 +200,19 @@ def _check_target(file: Path) -> None:
         check_writable(file.parent)
     except OSError as error:
         raise OSError(f"{error}. Nothing was scored; name a file elsewhere, or make this folder writable") from error
+
+
+def _check_distinct(files: list[Path]) -> None:
+    """Before one is written over another.
+
+    Raises:
+        ValueError: Two are the same.
+    """
+    seen: set[str] = set()
+    for file in files:
+        if (place := os.path.realpath(file)) in seen:
+            raise ValueError(f"{str(file)!r} is named twice and would be overwritten; nothing was scored, name another")
+        seen.add(place)
 
 
 def _is_incomplete(frame: pd.DataFrame, tolerated: str | None) -> bool:

@@ -77,7 +77,8 @@ def format_table(evaluation: Evaluation, cost: Cost | None = None) -> str:
         heading = f"Class {label}\n" if len(evaluation.settings.classes) > 1 else ""
         blocks.append(heading + _columns(paper_rows(evaluation, label, cost)))
         blocks.append(_columns(metric_rows(evaluation, label)))
-    return "\n\n".join([*blocks, "\n".join(remarks(evaluation))]) + "\n"
+    text = "\n\n".join([*blocks, "\n".join(remarks(evaluation))]) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # file names need not be Unicode
 
 
 def paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[list[str]]:
@@ -243,4 +244,4 @@ def read_csv(path: Path) -> pd.DataFrame:
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole: a reader, or a crash, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, text.encode())
+    write_file(path, text.encode("utf-8", "backslashreplace"))  # file names need not be Unicode

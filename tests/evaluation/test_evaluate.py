@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -288,6 +290,29 @@ def test_a_target_that_cannot_be_written_is_said_before_anything_is_scored(
     error = capsys.readouterr().err.lower()
     assert str(tmp_path / target.split("/")[0]) in error
     assert "nothing was scored" in error
+
+
+@pytest.mark.parametrize("options", [("--against", "--csv"), ("--csv", "--json"), ("--json", "--report")])
+def test_a_file_named_twice_is_refused_before_anything_is_scored(pairs, tmp_path, capsys, request, options):
+    masks, truth = pairs
+    table = tmp_path / "a.csv"
+    assert run("-p", masks, "-g", truth, "--csv", table) == 0
+    before = table.read_bytes()
+    request.getfixturevalue("scores_nothing")
+    named = (options[0], table, options[1], masks / ".." / "a.csv")
+    assert run("-p", masks, "-g", truth, *named) == 2
+    assert "is named twice and would be overwritten" in capsys.readouterr().err
+    assert table.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode")
+def test_names_that_are_not_unicode(pairs, tmp_path, capfd):
+    masks, truth = pairs
+    shutil.copy(truth / "case_0_segmentation.png", truth / os.fsdecode(b"caf\xe9.png"))
+    files = ["--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json", "--report", tmp_path / "a.html"]
+    assert run("-p", masks, "-g", truth, *files) == 1
+    assert r"Without prediction, not in the figures (1): caf\udce9" in capfd.readouterr().out
+    assert r"caf\udce9" in (tmp_path / "a.csv").read_text()
 
 
 @pytest.mark.parametrize(
