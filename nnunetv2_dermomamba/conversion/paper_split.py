@@ -59,9 +59,16 @@ def write_paper_split(case_ids: Sequence[str], folder: Path, overwrite: bool = F
         ConversionError: Too few cases, or a different split is there.
     """
     file = folder / "splits_final.json"
-    text = json.dumps(paper_split(case_ids), indent=2) + "\n"
-    if file.exists() and not overwrite and json.loads(file.read_text()) != json.loads(text):
+    split = paper_split(case_ids)
+    if file.exists() and not overwrite and not _holds(file, split):
         raise ConversionError(f"{str(file)!r} holds another split. Remove it, or give --overwrite to replace it.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(file, text.encode())
+    write_file(file, (json.dumps(split, indent=2) + "\n").encode())
     return file
+
+
+def _holds(file: Path, split: list[dict[str, list[str]]]) -> bool:
+    try:
+        return json.loads(file.read_text()) == split
+    except ValueError:  # it is damaged
+        return False

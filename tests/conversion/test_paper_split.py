@@ -44,3 +44,9 @@ def test_another_split_is_not_overwritten_unasked(tmp_path):
     write_paper_split(IDS[1:], file.parent, overwrite=True)
     assert json.loads(file.read_text()) == paper_split(IDS[1:])
     assert [path.name for path in file.parent.iterdir()] == ["splits_final.json"]
+
+
+def test_a_damaged_split_is_another_one(tmp_path):
+    (tmp_path / "splits_final.json").write_text('[{"train": [')
+    with pytest.raises(ConversionError, match=r"splits_final.json' holds another split. Remove it"):
+        write_paper_split(IDS, tmp_path)
