@@ -142,7 +142,10 @@ def _until_magic(parts: tuple[str, ...]) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # as Windows's editors write it
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as PowerShell's > writes it
+        data = data.decode("utf-16", "replace").encode()
+    data = data.removeprefix(codecs.BOM_UTF8)  # as Windows's editors write it
     separated = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(line) for line in separated if line.strip()]
 

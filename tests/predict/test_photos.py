@@ -95,7 +95,9 @@ def test_a_glob_may_look_within_the_output_folder_when_it_is_told_to(tmp_path):
     assert named(find_photos(f"{tmp_path}/photos/*.jpg", tmp_path), tmp_path) == {"photos/a.jpg": "a"}
 
 
-@pytest.mark.parametrize(("separator", "encoding"), [("\n", "utf-8"), ("\r\n", "utf-8-sig"), ("\0", "utf-8")])
+@pytest.mark.parametrize(
+    ("separator", "encoding"), [("\n", "utf-8"), ("\r\n", "utf-8-sig"), ("\r\n", "utf-16"), ("\0", "utf-8")]
+)
 def test_a_list_names_files(tmp_path, separator, encoding):
     touch(tmp_path, "p1/a.jpg", "p2/a b.jpg")
     listed = ["p1/a.jpg", str(tmp_path / "p2" / "a b.jpg"), "p2/missing.jpg"]
