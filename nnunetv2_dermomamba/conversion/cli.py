@@ -211,8 +211,9 @@ def _parser(kind: DatasetKind, default_source: Path) -> argparse.ArgumentParser:
             nargs="?",
             const=kind.download_address,
             metavar="ADDRESS",
-            help="first fetch the missing archives, about 13 GB, into the source folder; goes on where a broken "
-            "download stopped (from %(const)s, or a mirror's address)",
+            help="first fetch the missing archives, about 13 GB, into the source folder and unpack them; one that is "
+            "unpacked is removed, also if you put it there; goes on where a broken download stopped (from %(const)s, "
+            "or a mirror's address)",
         )
     if kind.has_paper_split:
         parser.add_argument(
