@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"{error}. Nothing was started; give another folder with -o, or make this one writable")
 
+    import torch
     from tqdm import tqdm
 
     from nnunetv2_dermomamba.predict.model import ModelError
@@ -127,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         return _fail(error)
     except OSError as error:
         return _fail(f"{error}. What is complete was kept; give the command again with --resume to go on")
+    except torch.OutOfMemoryError as error:
+        return _fail(f"{error} What is complete was kept; go on with --resume when there is room, or with -device cpu")
     _tell(report, args.o)
     return 1 if report.failed else 0
 

@@ -18,6 +18,7 @@ from nnunetv2_dermomamba.cli import main
 from nnunetv2_dermomamba.evaluation.pairing import index_masks
 from nnunetv2_dermomamba.files import whole_file
 from nnunetv2_dermomamba.folder_lock import locked
+from nnunetv2_dermomamba.predict import Predictor
 from nnunetv2_dermomamba.predict.photos import JOURNAL_FILE
 
 
@@ -317,6 +318,22 @@ def test_a_disk_full_or_read_only_meanwhile_stops_the_run_without_half_files(
     monkeypatch.undo()
     assert predict(photos, tmp_path / "out", unet, "--resume") == 0
     assert "1 masks written" in capsys.readouterr().out
+
+
+def test_a_gpu_whose_memory_is_full_meanwhile_stops_the_run_with_a_message(photos, unet, tmp_path, capsys, monkeypatch):
+    network = Predictor.network
+
+    def full(predictor, prepared):
+        if prepared.shape == (130, 70):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return network(predictor, prepared)
+
+    monkeypatch.setattr(Predictor, "network", full)
+    assert predict(photos, tmp_path / "out", unet) == 2
+    assert "error: CUDA out of memory. What is complete was kept; go on with --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert predict(photos, tmp_path / "out", unet, "--resume") == 0
+    assert len(list((tmp_path / "out").rglob("*_mask.png"))) == 3
 
 
 def test_names_too_long_for_their_results_are_reported(photos, unet, tmp_path):
