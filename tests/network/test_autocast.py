@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from tolerances import relative_error
@@ -26,24 +24,23 @@ def batch_of_ellipses(count: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_gradients(network: nn.Module, call: nn.Module, kind: torch.dtype) -> tuple[float, Tensor]:
-    data, target = batch_of_ellipses(4)
+    data, target = batch_of_ellipses(2)
     network.zero_grad()
-    with nullcontext() if kind == torch.float32 else torch.autocast("cuda", kind):
+    with torch.autocast("cuda", kind, enabled=kind != torch.float32):
         loss = GuideFusionLoss(batch_dice=True)(call(data), target)
     (loss * LOSS_SCALE).backward()
     return float(loss.detach()), torch.cat([p.grad.flatten() / LOSS_SCALE for p in network.parameters()])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_a_training_step_is_as_precise_as_with_pytorchs_operators(monkeypatch: pytest.MonkeyPatch, kind: torch.dtype):
+def test_a_training_step_is_as_precise_as_with_pytorchs_operators(monkeypatch):
     torch.manual_seed(0)
     network = DermoMamba(3, 2, PATCH).cuda()
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
     loss, gradients = loss_and_gradients(network, network, torch.float32)
-    their_loss, theirs = loss_and_gradients(network, network, kind)
+    their_loss, theirs = loss_and_gradients(network, network, torch.float16)
     monkeypatch.delenv(ENVIRONMENT_VARIABLE)
-    our_loss, ours = loss_and_gradients(network, torch.compile(network), kind)
-    eps = torch.finfo(kind).eps
+    our_loss, ours = loss_and_gradients(network, torch.compile(network), torch.float16)
+    eps = torch.finfo(torch.float16).eps
     assert abs(our_loss - loss) < 2 * abs(their_loss - loss) + eps
     assert relative_error(ours, gradients) < 1.5 * relative_error(theirs, gradients) + eps
