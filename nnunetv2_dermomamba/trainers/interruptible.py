@@ -119,7 +119,8 @@ class InterruptibleMixin(SafeCheckpointMixin):
         """The batch of a step of this epoch, unless it is time to save or to stop."""
         if self._stop_requested():
             self.save_progress()
-            self._stop(f"Saved after iteration {self.iteration} of epoch {self.current_epoch}")
+            saved = "Left" if self.disable_checkpointing else "Saved"
+            self._stop(f"{saved} after iteration {self.iteration} of epoch {self.current_epoch}")
         self.save_progress_if_due()
         if self.seed is not None:
             seed_generators(self.seed, self.local_rank, self.current_epoch, step)
@@ -163,7 +164,10 @@ class InterruptibleMixin(SafeCheckpointMixin):
     def _stop(self, where: str) -> None:
         received = self.stop_request.received
         name = received.name if received is not None else "a signal to another process"
-        self.print_to_log_file(f"Stopped by {name}. {where}; the same command with --c goes on. Exit code {STOPPED}.")
+        how = "the same command with --c goes on"
+        if self.disable_checkpointing:
+            how = "nothing is saved: checkpointing is disabled"
+        self.print_to_log_file(f"Stopped by {name}. {where}; {how}. Exit code {STOPPED}.")
         raise SystemExit(STOPPED)
 
     def _close_loaders(self) -> None:

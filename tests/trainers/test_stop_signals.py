@@ -65,6 +65,19 @@ def test_stops_after_the_step_and_goes_on(small, heeding, monkeypatch, tmp_path,
     assert resumed["logging"]["val_losses"] == straight["logging"]["val_losses"]
 
 
+def test_without_checkpoints_a_stop_says_that_nothing_is_saved(small, heeding, monkeypatch) -> None:
+    trainer = make(small)
+    trainer.disable_checkpointing = True
+    monkeypatch.setattr(trainer, "train_step", lambda batch: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    log = "".join(file.read_text() for file in results(small).glob("training_log*"))
+    assert "Stopped by SIGTERM. Left after iteration" in log
+    assert "nothing is saved" in log
+    assert "--c" not in log.rpartition("Stopped by")[2]
+    assert not list(results(small).glob("*.pth"))
+
+
 @pytest.mark.gpu
 def test_stops_between_replays_of_a_cuda_graph_and_goes_on(small, heeding, monkeypatch, tmp_path) -> None:
     def signalled(self, batch):
