@@ -148,7 +148,7 @@ def own_gpu_kernels(dtype: torch.dtype) -> bool:
 
 @torch.compiler.assume_constant_result
 def own_cuda_kernels(dtype: torch.dtype) -> bool:
-    """Whether the CUDA kernels of depthwise convolutions serve maps of this type: where the scan is CUDA's, too."""
+    """Whether CUDA kernels of convolutions and normalisations serve maps of this type: where the scan is CUDA's."""
     if choose_backend("cuda", dtype) != "cuda":
         return False
     from .cuda_depthwise import fits  # needs CUDA

@@ -120,12 +120,13 @@ def test_results_repeat():
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_blocks_fill_a_large_gpu_and_fit_its_shared_memory():
+def test_blocks_fit_shared_memory():
     for from_, to in PAIRS:
         plan = Plan(torch.empty(64, from_, 192, 256, device="meta", dtype=torch.float16), torch.empty(to, from_, 3, 3))
         assert plan.tiles == 64 * 16 * 8
-        assert plan.shared(to, from_) <= 227 * 1024
-        assert 2 * (plan.shared(from_) + 1024) <= 228 * 1024  # two blocks a processor, of which each takes 1 KiB more
+        if (from_, to) in CHANNELS:  # what GPUs of compute capability 8.6 and 8.9 allow a block
+            assert max(plan.shared(from_), plan.shared(to, from_)) <= 99 * 1024
+        assert 2 * (plan.shared(from_) + 1024) <= 228 * 1024  # two of Hopper, of which each takes 1 KiB more
 
 
 def test_is_a_proper_operator():

@@ -74,9 +74,9 @@ __device__ __forceinline__ void await_all_but_one() {
 #endif
 }
 
-// A tile's positions in shared memory, BORDER around it, each of units of eight channels. Where a unit is depends on the
-// column: of eight columns side by side the same unit can be read at once. Sixteen columns further it is at the same
-// place, and unit ``u ^ n`` is at the offset of u ^ 8 n.
+// A tile's positions in shared memory, BORDER around it, each of units of eight channels. Where a unit is depends on
+// the column: of eight columns side by side the same unit can be read at once. Sixteen columns further it is at the
+// same place, and unit ``u ^ n`` is at the offset of u, ^ 8 n.
 template <int CHANNELS, int BORDER>
 struct Positions {
     static constexpr int ROWS = HIGH + 2 * BORDER, ACROSS = WIDE + 2 * BORDER, UNITS = CHANNELS / 8;
