@@ -55,24 +55,23 @@ def check(x: Tensor, weight: Tensor, dy: Tensor) -> None:
     assert relative_error(dweight, leaves[1].grad) < GRADIENT[torch.float32]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (13, 1), (5, 3), (12, 32), (25, 70)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (13, 1), (12, 32), (14, 35)])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_equals_pytorchs_own(pair, size):
     from_, to = pair
-    check(maps(2, from_, *size), weight_of(from_, to), maps(2, to, *size))
+    check(maps(1, from_, *size), weight_of(from_, to), maps(1, to, *size))
 
 
-@pytest.mark.parametrize("size", [(5, 3), (25, 70)])
-def test_bfloat16(size):
+def test_bfloat16():
     kind = torch.bfloat16
-    check(maps(2, 16, *size, kind), weight_of(16, 32, kind), maps(2, 32, *size, kind))
+    check(maps(2, 16, 5, 3, kind), weight_of(16, 32, kind), maps(2, 32, 5, 3, kind))
 
 
-@pytest.mark.parametrize("pair", [(16, 16), (32, 32)])
+@pytest.mark.parametrize("pair", [(16, 16), (32, 16)])
 def test_every_weight_counts_at_its_place(pair):
     """One weight after the other would take long: weights of one channel of results and one tap at a time."""
     from_, to = pair
-    x = maps(1, from_, 14, 35)
+    x = maps(1, from_, 5, 35)
     weight = weight_of(from_, to)
     for tap in range(9):
         of_tap = torch.zeros_like(weight)
@@ -85,7 +84,7 @@ def test_every_weight_counts_at_its_place(pair):
 @pytest.mark.parametrize("processors", [1, 3])
 def test_a_block_walks_over_several_tiles(monkeypatch, processors):
     monkeypatch.setattr(cuda_convolution, "PROCESSORS", processors)
-    check(maps(3, 16, 25, 70), weight_of(16, 32), maps(3, 32, 25, 70))
+    check(maps(2, 16, 14, 35), weight_of(16, 32), maps(2, 32, 14, 35))
 
 
 def test_any_order_in_memory():
@@ -115,8 +114,8 @@ def test_overflow_is_infinite_and_nan_stays():
 
 
 def test_results_repeat():
-    x, dy, weight = maps(3, 16, 25, 70), maps(3, 32, 25, 70), weight_of(16, 32)
-    first, *others = (convolution_backward(dy, x, weight) for _ in range(3))
+    x, dy, weight = maps(2, 16, 14, 35), maps(2, 32, 14, 35), weight_of(16, 32)
+    first, *others = (convolution_backward(dy, x, weight) for _ in range(2))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
