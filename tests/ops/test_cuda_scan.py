@@ -12,6 +12,8 @@ from tolerances import FORWARD, relative_error
 
 from nnunetv2_dermomamba.ops import (
     cuda_block,
+    cuda_channel_sums,
+    cuda_convolution,
     cuda_depthwise,
     cuda_gate_convolution,
     cuda_norm_linear,
@@ -298,14 +300,17 @@ def nvrtc_alone():
 def test_sources_compile_for_gpus_without_any_header(channels):
     scan = [f"-DD={channels}"]
     few_channels = ["CHANNELS=8", "OUTPUTS=4", "GATE=1", "RESULT=1", "GATED=1", "MAPS=1"]
-    for files, more in (
-        (cuda_scan_1d.FILES, [*scan, "-DSOFTPLUS=1"]),
-        (cuda_scan_2d.FILES, scan),
-        (cuda_depthwise.FILES, ["-DTILE=32"]),
-        (cuda_gate_convolution.FILES, ["-DROWS=4"]),
-        (cuda_norm_linear.FILES, [f"-D{name}" for name in few_channels]),
+    any_kind, half = (0, 1, 2), (1, 2)
+    for files, more, kinds in (
+        (cuda_scan_1d.FILES, [*scan, "-DSOFTPLUS=1"], any_kind),
+        (cuda_scan_2d.FILES, scan, any_kind),
+        (cuda_depthwise.FILES, ["-DTILE=32"], any_kind),
+        (cuda_gate_convolution.FILES, ["-DROWS=4"], any_kind),
+        (cuda_norm_linear.FILES, [f"-D{name}" for name in few_channels], any_kind),
+        (cuda_convolution.FILES, ["-DFROM=16", "-DTO=32"], half),
+        (cuda_channel_sums.FILES, ["-DCHANNELS=32"], half),
     ):
-        for kind in range(3):
+        for kind in kinds:
             options = [f"-DINPUT={kind}", f"-DWHOLE={kind % 2}", "-std=c++17", *more]
             options.append(f"--gpu-architecture=sm_{(80, 90, 90)[kind]}")
             code = nvrtc.compile_source(nvrtc_alone(), nvrtc.read_sources(files), options)
