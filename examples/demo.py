@@ -164,7 +164,7 @@ def dice(prediction: Path, truth: Path) -> float:
 
 
 def draw_overlays(images: Path, truth: Path, predictions: Path, scores: dict[str, float], file: Path) -> None:
-    """One sheet: every held-out image with the true contour (green) and the predicted one (magenta)."""
+    """One sheet: every held-out image with the true contour (magenta) and the predicted one (green)."""
     columns = 4
     rows = -(-len(scores) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, layout="constrained")
@@ -172,10 +172,10 @@ def draw_overlays(images: Path, truth: Path, predictions: Path, scores: dict[str
         axis.axis("off")
     for axis, (case, score) in zip(axes.flat, scores.items(), strict=False):
         axis.imshow(Image.open(images / f"{case}_0000.png"))
-        for folder, colour in ((truth, "#37e05f"), (predictions, "#ff3fd5")):
+        for folder, colour in ((truth, "#ff3fd5"), (predictions, "#00ff88")):
             axis.contour(np.asarray(Image.open(folder / f"{case}.png")) > 0, [0.5], colors=colour, linewidths=1.5)
         axis.set_title(f"{case}  Dice {score:.3f}", fontsize=9)
-    figure.suptitle("green: true contour, magenta: DermoMamba", fontsize=10)
+    figure.suptitle("magenta: true contour, green: DermoMamba", fontsize=10)
     figure.savefig(file, dpi=110)
 
 

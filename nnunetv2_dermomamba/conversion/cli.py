@@ -146,7 +146,10 @@ def _tell_what_is_next(folder: Path, number: int) -> None:
             f"Note: nnU-Net's {FOLDS} folds need {FOLDS} training cases, and here are {training}: add images, or train "
             f"on all, none held out: nnUNetv2_train {number} 2d all -tr nnUNetTrainerDermoMamba"
         )
-    print(f"Next: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
+    print(
+        f"Next: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity\n"
+        "(to train on a CPU with smaller batches: -gpu_memory_target 1 -overwrite_plans_name nnUNetPlans_small)"
+    )
 
 
 def _environment_folder(variable: str) -> Path:

@@ -7,7 +7,7 @@ A case is named by its path below the folder without extension and without the e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -106,7 +106,7 @@ def pair(
     if not truth.keys() & predicted.keys():
         raise PairingError(
             f"no prediction matches a ground truth by name: {predictions} has {_some(predicted)}, "
-            f"{ground_truth} has {_some(truth)}"
+            f"{ground_truth} has {_some(truth)}{_hint(truth, predicted, ground_truth)}"
         )
     cases = [
         Case(name, path, predicted.get(name), probability.get(name, {}), image.get(name))
@@ -191,6 +191,12 @@ def _unique(found: list[tuple[Key, Path]], folder: Path, what: str, extensions: 
             raise PairingError(f"two files are {what} of case {case}: {index[name]} and {path}; remove one of them")
         index[name] = path
     return index
+
+
+def _hint(truth: Iterable[str], predicted: Collection[str], ground_truth: Path) -> str:
+    """The folder below the given one in which the ground truth has the predictions' names, if there is one."""
+    folders = {name.rpartition("/")[0] for name in truth if name.rpartition("/")[2] in predicted}
+    return f"; give -g {str(ground_truth / folders.pop())!r}" if len(folders) == 1 else ""
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:

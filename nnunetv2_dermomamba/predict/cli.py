@@ -159,7 +159,7 @@ def _load(args: argparse.Namespace) -> Predictor:
 def _tell(report: Report, folder: Path) -> None:
     """Print how a run went."""
     skipped = f", {report.skipped} were there already" if report.skipped else ""
-    print(f"{report.done} masks written to {str(folder)!r}{skipped}")
+    print(f"{report.done} {'mask' if report.done == 1 else 'masks'} written to {str(folder)!r}{skipped}")
     for failure in report.failed:
         print(f"failed: {failure}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     if report.failed:

@@ -102,6 +102,13 @@ def test_no_match_shows_both_sides(tmp_path):
         pair(touch(tmp_path / "p", "a.png"), touch(tmp_path / "g", "b.png"))
 
 
+def test_a_ground_truth_one_folder_below_is_named(tmp_path):
+    predictions = touch(tmp_path / "predictions", "a.png", "b.png")
+    below = touch(tmp_path / "data", "masks/a.png", "masks/b.png", "images/a.jpg")
+    with pytest.raises(PairingError, match=r"give -g '.*data/masks'"):
+        pair(predictions, below)
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(PairingError, match="is not a folder"):
         index_masks(tmp_path / "nowhere")

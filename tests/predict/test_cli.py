@@ -317,7 +317,7 @@ def test_a_disk_full_or_read_only_meanwhile_stops_the_run_without_half_files(
     assert set(tree(tmp_path / "out")) == {"a.jpg_mask.png", "a.png_mask.png", JOURNAL_FILE}
     monkeypatch.undo()
     assert predict(photos, tmp_path / "out", unet, "--resume") == 0
-    assert "1 masks written" in capsys.readouterr().out
+    assert "1 mask written" in capsys.readouterr().out
 
 
 def test_a_gpu_whose_memory_is_full_meanwhile_stops_the_run_with_a_message(photos, unet, tmp_path, capsys, monkeypatch):
