@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from contenders import graph_ms
 from torch import Tensor
 
 from nnunetv2_dermomamba.ops import BACKENDS, selective_scan, selective_scan_2d, why_not
@@ -49,30 +50,6 @@ def sequence_inputs(batch: int, dim: int, length: int, groups: int, device: torc
         "D": torch.ones(dim, device=device),
         "delta_bias": torch.zeros(dim, device=device),
     }
-
-
-def graph_time(step: Callable[[], object], repeats: int = 10) -> float:
-    """Median milliseconds of replaying ``step`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
 
 
 def steps(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> tuple[Callable, Callable]:
@@ -157,7 +134,7 @@ def gpu_tables(batch: int, backends: list[str]) -> None:
                 else:
                     inputs = map_inputs(batch, d, rank, height, width, device)
                     pair = steps(lambda **t: selective_scan_2d(**t, backend=backend), inputs)  # noqa: B023
-                times = [graph_time(step) for step in pair]
+                times = [graph_ms(step, device) for step in pair]
                 sums[backend] = [a + b for a, b in zip(sums[backend], times, strict=True)]
                 row.append(f"{backend} {times[0]:7.3f} / {times[1]:7.3f}")
                 if stage == 0:
@@ -178,7 +155,7 @@ def length_table(backend: str) -> None:
     for power in range(10, 21, 2):
         inputs = sequence_inputs(1, 32, 2**power, 4, torch.device("cuda"))
         both = steps(lambda **t: selective_scan(**t, delta_softplus=True, backend=backend), inputs)[1]
-        points.append((math.log(2**power), math.log(graph_time(both))))
+        points.append((math.log(2**power), math.log(graph_ms(both, torch.device("cuda")))))
         print(f"{2**power:8} {math.exp(points[-1][1]):8.3f}", flush=True)
     mx, my = (sum(p[i] for p in points) / len(points) for i in range(2))
     slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)

@@ -14,7 +14,7 @@ from .library import as_autocast, register_convolution
 CHANNELS = {(16, 16), (16, 32), (32, 16)}
 """Of maps and results, where that is faster (``benchmarks/convolution.py``)."""
 MANY = 192 * 256
-"""Positions of all maps from which on it is."""
+"""Positions of all maps from which on it is: the result, its gradients from two to eight such maps on."""
 
 
 def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:

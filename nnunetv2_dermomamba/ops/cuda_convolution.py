@@ -10,7 +10,7 @@ from torch import Tensor
 from .cuda_block import INPUTS, aligned, ceil_div
 from .nvrtc import launch
 
-FILES = ("four.cuh", "input.cuh", "convolution.cu")
+FILES = ("four.cuh", "input.cuh", "map_tiles.cuh", "convolution.cu")
 SIDE, WARPS, WIDE = 3, 12, 32
 """Of the kernel; of a block, each of which makes a row of a tile; columns of a tile."""
 PROCESSORS = 132
@@ -20,7 +20,7 @@ PARTS = WARPS // SIDE
 
 
 class Sizes(ctypes.Structure):
-    """As in ``convolution.cu``."""
+    """As in ``map_tiles.cuh``."""
 
     _fields_ = [(n, ctypes.c_int) for n in ("height", "width")]
 

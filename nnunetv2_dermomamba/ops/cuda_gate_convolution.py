@@ -10,7 +10,7 @@ from torch import Tensor
 from .cuda_block import INPUTS, aligned, ceil_div
 from .nvrtc import launch
 
-FILES = ("four.cuh", "input.cuh", "gate_convolution.cu")
+FILES = ("four.cuh", "input.cuh", "map_tiles.cuh", "gate_convolution.cu")
 SIDE, CHANNELS = 7, 2
 THREADS, ACROSS = 128, 8
 WIDE = ACROSS * 4
@@ -20,7 +20,7 @@ MANY = 2 * 132
 
 
 class Sizes(ctypes.Structure):
-    """As in ``gate_convolution.cu``."""
+    """As in ``map_tiles.cuh``."""
 
     _fields_ = [(n, ctypes.c_int) for n in ("height", "width")]
 

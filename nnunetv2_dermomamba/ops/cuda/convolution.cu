@@ -1,5 +1,6 @@
 // 3 x 3 convolution with "same" padding of maps (batch, height, width, channel) of 16 bits, on the tensor cores; summed
-// in float32. After four.cuh and input.cuh. Compiled with -DFROM=<channels>, -DTO=<channels of results>, 16 or 32.
+// in float32. After four.cuh, input.cuh and map_tiles.cuh. Compiled with -DFROM=<channels>, -DTO=<channels of results>,
+// 16 or 32.
 //
 // Blocks walk over tiles of HIGH x WIDE positions. While one is computed the next one's maps are on their way to shared
 // memory, with a border of one position where the convolution reaches around the tile, 0 outside the map. A warp makes
@@ -12,20 +13,9 @@ constexpr int HIGH = WARPS, WIDE = 32;
 constexpr int SIDE = 3, TAPS = SIDE * SIDE;
 constexpr int WEIGHTS = TAPS * FROM * TO;
 
-struct Sizes {
-    int height, width;
-};
+struct Tile : MapTile<HIGH, WIDE> {
+    using MapTile::MapTile;
 
-// Where a tile is, in a batch of maps.
-struct Tile {
-    int batch, top, left;
-
-    __device__ __forceinline__ Tile(int index, const Sizes& map) {
-        const int across = (map.width + WIDE - 1) / WIDE, down = (map.height + HIGH - 1) / HIGH;
-        left = index % across * WIDE;
-        top = index / across % down * HIGH;
-        batch = index / across / down;
-    }
     __device__ __forceinline__ bool has_row(int row, const Sizes& map) const {
         return (unsigned)(top + row) < (unsigned)map.height;
     }

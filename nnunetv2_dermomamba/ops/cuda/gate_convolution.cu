@@ -1,5 +1,6 @@
 // The convolution of CBAM's spatial gate: two channels, 7 x 7, "same" padding, to one channel; maps in PyTorch's usual
-// order (batch, channel, height, width). After four.cuh and input.cuh. Compiled with -DROWS=<rows of results a thread>.
+// order (batch, channel, height, width). After four.cuh, input.cuh and map_tiles.cuh. Compiled with -DROWS=<rows of
+// results a thread>.
 //
 // A block makes tiles of HIGH x WIDE positions, each of its threads ROWS x 4 of them. A tile's plane is in shared
 // memory as float32, with what the convolution reaches around it, 0 outside the map. A thread reads every row of its
@@ -15,23 +16,9 @@ constexpr int PITCH = ROW_QUADS * 4, QUADS = (HIGH + SIDE - 1) * ROW_QUADS, PLAN
 constexpr int TAP_QUADS = (TAPS + 3) / 4;   // of one channel
 constexpr int SCRATCH_PITCH = THREADS + 2;  // two threads a tap read different banks
 
-// One channel of a map.
-struct Sizes {
-    int height, width;
+struct Tile : MapTile<HIGH, WIDE> {
+    using MapTile::MapTile;
 
-    __device__ __forceinline__ long long positions() const { return (long long)height * width; }
-};
-
-// Where a tile is, in a batch of maps.
-struct Tile {
-    int batch, top, left;
-
-    __device__ __forceinline__ Tile(int index, const Sizes& map) {
-        const int across = (map.width + WIDE - 1) / WIDE, down = (map.height + HIGH - 1) / HIGH;
-        left = index % across * WIDE;
-        top = index / across % down * HIGH;
-        batch = index / across / down;
-    }
     // Of the calling thread's part.
     __device__ __forceinline__ int row() const { return top + threadIdx.x / ACROSS * ROWS; }
     __device__ __forceinline__ int column() const { return left + threadIdx.x % ACROSS * 4; }
