@@ -6,8 +6,8 @@ where it augments (nnU-Net's worker processes, or the device: any trainer can):
 
 - loader: batches a second of the training loader alone, its queue emptied first;
 - step: ms of ``train_step`` on one batch over and over, what the epoch could be if data were free;
-- epoch: seconds, after one short epoch to warm up and compile: its training iterations, its validation iterations, and
-  the rest (logs, plot, checkpoint);
+- epoch: seconds, after one short epoch to warm up and compile and a whole one: its training iterations, its validation
+  iterations, and the rest (logs, plot, checkpoint);
 - busy: share of the training iterations' time in which the GPU runs a kernel or copy, as the driver samples it
   (NVML's utilisation, no overhead), and from a trace of further iterations (the union of all kernels and copies over
   the span; tracing slows the host down a little, so it errs low).
@@ -189,6 +189,7 @@ def measure(contender: str, arguments: argparse.Namespace) -> dict[str, float]:
         arguments.iterations,
         arguments.iterations // 5,
     )
+    epoch(trainer)  # what it leaves to the next one, such as a plot to draw, counts there
     result |= epoch(trainer) | {"trace": traced_busy(trainer)}
     close(trainer)
     return result

@@ -11,13 +11,14 @@ from nnunetv2_dermomamba.augmentation.trainer_mixin import DeviceAugmentationMix
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import describe_choice
 
+from .background_plot import BackgroundPlotMixin
 from .cuda_graph import CapturedPass
 from .guide_fusion_loss import GuideFusionLossMixin
 from .interruptible import InterruptibleMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw
 
 
-class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, InterruptibleMixin):
+class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin, InterruptibleMixin):
     """DermoMamba with nnU-Net's own loss: AdamW, warm-up, no deep supervision; everything else nnU-Net's.
 
     Where the planned patch covers the images, they are not moved to have a lesion in the patch's middle, which a third
