@@ -1,8 +1,8 @@
 """Time inference against nnU-Net's U-Net: ``python benchmarks/inference.py [--device cuda]``.
 
 First a correctness gate: the network's output on the device at hand equals the CPU's with the portable PyTorch scan.
-Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, compiled, or as a CUDA graph, with
-independent kernels combined or not.
+Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, or compiled as a CUDA graph, with
+independent kernels combined or not, with weights as constants ("frozen") or not.
 On the CPU eager, both networks in turn, and the peak memory of DermoMamba's inference over the idle process.
 """
 
@@ -14,12 +14,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch._inductor.config
 from contenders import cpu_table, dermomamba, lesion_batch, median_ms, plain_conv_unet, provenance, resident_mib
 from torch import Tensor, nn
 
 from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
 
 GATE = 1e-3
+COMPILED_GATE = 1e-2  # in float16, whose roundings differ from way to way
 
 
 def forward(network: nn.Module, data: Tensor) -> Callable[[], Tensor]:
@@ -49,17 +51,31 @@ def gate(device: torch.device) -> None:
         raise SystemExit("wrong output: nothing is timed")
 
 
-def ways() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Ways to run a network on a GPU."""
-    return {
-        "eager": lambda network: network,
-        "compiled": torch.compile,
-        "CUDA graph": lambda network: torch.compile(network, mode="reduce-overhead"),
-        # independent small kernels, weights' conversions most of them, as one
-        "with combined kernels": lambda network: torch.compile(
-            network, options={"triton.cudagraphs": True, "combo_kernels": True}
-        ),
-    }
+GRAPH = {"triton.cudagraphs": True}
+COMBINED = {"combo_kernels": True}  # independent small kernels as one
+FROZEN = {"freezing": True}  # weights are constants, and so is what follows from them alone
+WAYS: dict[str, dict[str, bool] | None] = {
+    "eager": None,
+    "CUDA graph": GRAPH,
+    "combined": GRAPH | COMBINED,
+    "frozen": GRAPH | FROZEN,
+    "frozen, combined": GRAPH | FROZEN | COMBINED,
+}
+"""Ways to run a network on a GPU: settings of PyTorch's compiler, or None."""
+
+
+def prepared(network: nn.Module, data: Tensor, settings: dict[str, bool] | None) -> Callable[[], Tensor]:
+    """A call of the network, compiled with ``settings``; its output must be the eager network's."""
+    if settings is None:
+        return forward(network, data)
+    torch.compiler.reset()
+    call = forward(torch.compile(network), data)
+    with torch._inductor.config.patch(settings):  # torch.compile's own options come too late for freezing
+        result = call().float()
+    eager = forward(network, data)().float()
+    if not (result - eager).norm() < COMPILED_GATE * eager.norm():
+        raise SystemExit(f"compiled with {settings} the output is wrong: nothing is timed")
+    return call
 
 
 def main() -> None:
@@ -84,12 +100,11 @@ def main() -> None:
         best = {}
         for name, network in networks.items():
             times = {}
-            for way, prepare in ways().items():
-                torch.compiler.reset()
-                times[way] = median_ms(forward(prepare(network.to(device).eval()), data), device)
+            for way, settings in WAYS.items():
+                times[way] = median_ms(prepared(network.to(device).eval(), data, settings), device)
             best[name] = min(times.values())
             print(
-                f"batch {batch:3} {name:14} " + ", ".join(f"{way} {ms:.2f} ms" for way, ms in times.items()), flush=True
+                f"batch {batch:3} {name:14} " + "; ".join(f"{way} {ms:.3f} ms" for way, ms in times.items()), flush=True
             )
         print(f"batch {batch:3} ratio, each at its best: {best['DermoMamba'] / best['PlainConvUNet']:.2f}", flush=True)
 
