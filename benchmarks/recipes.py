@@ -7,6 +7,7 @@ from typing import Any
 
 from averaging import AveragedWeightsMixin
 from colour_jitter import ColourJitterMixin
+from low_resolution import WithoutLowResolutionMixin
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ SETTINGS = {
     "attention-scalar": replace(DERMOMAMBA, trainer_changes={"attention": "scalar"}),
     "ema": replace(DERMOMAMBA, mixins=(AveragedWeightsMixin,)),
     "colour-jitter": replace(DERMOMAMBA, mixins=(ColourJitterMixin,)),
+    "no-low-resolution": replace(DERMOMAMBA, mixins=(WithoutLowResolutionMixin,)),
     "foreground-oversampled": replace(DERMOMAMBA, trainer_changes={"oversample_foreground_percent": 0.33}),
     "image-dice": replace(DERMOMAMBA, plan_changes={"batch_dice": False}),
     "dice-ce-image-dice": Setting("nnUNetTrainerDermoMambaDiceCE", plan_changes={"batch_dice": False}),
