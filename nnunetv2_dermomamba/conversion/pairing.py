@@ -94,7 +94,7 @@ def pair(
             reason = "the identifier occurs more than once"
             everything = tuple(f for i in sorted(spellings[case_id.casefold()]) for kind in files[i] for f in kind)
         elif not photographs:
-            reason = "a mask without image"
+            reason = f"a mask without image (looked for {', '.join(IMAGE_SUFFIXES)})"
         elif not lesions and masks is not None:
             reason = "an image without mask"
         if reason:

@@ -34,7 +34,7 @@ def test_everything_unpaired_is_a_problem():
         "b": ("the identifier occurs more than once", 3),
         "c": ("the identifier occurs more than once", 3),
         "C": ("the identifier occurs more than once", 3),
-        "d": ("a mask without image", 1),
+        "d": ("a mask without image (looked for .jpg, .jpeg, .png, .bmp, .tif, .tiff)", 1),
     }
 
 
