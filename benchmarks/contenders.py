@@ -8,8 +8,8 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.network import DermoMamba
+from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
 from nnunetv2_dermomamba.trainers.cuda_graph import CapturedPass
 from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
@@ -190,7 +191,20 @@ def cpu_table(batch: int, steps: dict[str, Callable[[], object]], rounds: int) -
     print(f"batch {batch:3} ratio {wall:.2f}, of CPU time {cpu:.2f}; {rounds} rounds, load {load:.1f}", flush=True)
 
 
-def resident_mib() -> float:
+@contextmanager
+def portable_scan() -> Iterator[None]:
+    """Inside, the selective scan is the portable PyTorch one, whichever backend was asked for outside."""
+    asked_for = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = "torch"
+    try:
+        yield
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]
+        if asked_for is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = asked_for
+
+
+def peak_resident_mib() -> float:
     """Largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 

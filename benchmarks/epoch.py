@@ -6,8 +6,8 @@ where it augments (nnU-Net's worker processes, or the device: any trainer can):
 
 - loader: batches a second of the training loader alone, its queue emptied first;
 - step: ms of ``train_step`` on one batch over and over, what the epoch could be if data were free;
-- epoch: seconds, after one short epoch to warm up and compile and a whole one: its training iterations, its validation
-  iterations, and the rest (logs, plot, checkpoint);
+- epoch: seconds of the trainer's own loop, after one short epoch to warm up and compile and a whole one: its training
+  iterations, its validation iterations, and the rest (logs, plot, checkpoint);
 - busy: share of the training iterations' time in which the GPU runs a kernel or copy, as the driver samples it
   (NVML's utilisation, no overhead), and from a trace of further iterations (the union of all kernels and copies over
   the span; tracing slows the host down a little, so it errs low).
@@ -23,6 +23,8 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,8 +36,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from nnunetv2_dermomamba.augmentation.trainer_mixin import AugmentedBatches, DeviceAugmentationMixin
 from nnunetv2_dermomamba.augmentation.translate import BatchAugmenter
+from nnunetv2_dermomamba.trainers.background_plot import BackgroundPlotMixin
+from nnunetv2_dermomamba.trainers.interruptible import InterruptibleMixin
+from nnunetv2_dermomamba.trainers.stop_signals import StopRequest
 
 CONTENDERS = ["nnUNetTrainer:cpu", "nnUNetTrainerDermoMamba:cpu", "nnUNetTrainerDermoMamba:device"]
+PLACES = {"cpu": False, "device": True, "": None}  # ``augment_on_device``
 WARM_UP, TRACED, LOADED = 20, 40, 60  # iterations
 SAMPLING_INTERVAL = 0.1  # seconds between readings of the GPU's utilisation; the driver averages over as much or more
 GATE = 1e-4
@@ -85,6 +91,10 @@ class Utilisation:
                 return
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take no further reading."""
         self.done.set()
         self.thread.join()
 
@@ -116,7 +126,9 @@ def make_trainer(contender: str, arguments: argparse.Namespace) -> nnUNetTrainer
     if not isinstance(trainer, DeviceAugmentationMixin):
         kind = type(trainer)
         trainer.__class__ = type(kind.__name__, (DeviceAugmentationMixin, kind), {})
-    trainer.augment_on_device = {"cpu": False, "device": True, "": None}[place]
+    trainer.augment_on_device = PLACES[place]
+    if isinstance(trainer, InterruptibleMixin):
+        trainer.stop_request, trainer.stop_group = StopRequest(), None  # as its run_training
     trainer.on_train_start()
     return trainer
 
@@ -144,30 +156,62 @@ def step_ms(trainer: nnUNetTrainer) -> float:
     return 1000 * (time.perf_counter() - start) / WARM_UP
 
 
-def epoch(trainer: nnUNetTrainer) -> dict[str, float]:
-    """One turn of the loop in ``nnUNetTrainer.run_training``, timed."""
-    marks = [time.perf_counter()]
-    with Utilisation(trainer.device) as utilisation:
-        trainer.on_epoch_start()
-        trainer.on_train_epoch_start()
-        outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
-        trainer.on_train_epoch_end(outputs)
-        synchronize(trainer.device)
-        marks.append(time.perf_counter())
+def turn(trainer: nnUNetTrainer) -> None:
+    """One turn of the loop in the trainer's ``run_training``: ours, or what nnU-Net's does."""
+    if isinstance(trainer, InterruptibleMixin):
+        trainer._run_epoch()
+        return
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
+    trainer.on_train_epoch_end(outputs)
     with torch.no_grad():
         trainer.on_validation_epoch_start()
         batches = trainer.num_val_iterations_per_epoch
         outputs = [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(batches)]
         trainer.on_validation_epoch_end(outputs)
-    marks.append(time.perf_counter())
     trainer.on_epoch_end()
-    marks.append(time.perf_counter())
+
+
+@contextmanager
+def followed(trainer: nnUNetTrainer, methods: Iterable[str], action: Callable[[], None]) -> Iterator[None]:
+    """Inside, ``action`` is called behind each of the trainer's methods."""
+
+    def with_action(method: Callable[..., None]) -> Callable[..., None]:
+        def both(*arguments: object) -> None:
+            method(*arguments)
+            action()
+
+        return both
+
+    for name in methods:
+        setattr(trainer, name, with_action(getattr(trainer, name)))
+    yield
+    for name in methods:
+        delattr(trainer, name)
+
+
+def epoch(trainer: nnUNetTrainer) -> dict[str, float]:
+    """One turn of the trainer's loop, timed."""
+    marks = [time.perf_counter()]
+    utilisation = Utilisation(trainer.device)
+
+    def mark() -> None:
+        synchronize(trainer.device)
+        marks.append(time.perf_counter())
+        utilisation.stop()  # it is of the training iterations
+
+    with utilisation, followed(trainer, ["on_train_epoch_end", "on_validation_epoch_end"], mark):
+        turn(trainer)
+    mark()
     train, validation, rest = np.diff(marks)
     total = marks[-1] - marks[0]
     return {"train": train, "val": validation, "rest": rest, "epoch": total, "driver": utilisation.mean}
 
 
 def close(trainer: nnUNetTrainer) -> None:
+    if isinstance(trainer, BackgroundPlotMixin):
+        trainer.finish_drawing()
     for loader in (trainer.dataloader_train, trainer.dataloader_val):
         if isinstance(loader, AugmentedBatches):
             loader.close()
@@ -203,6 +247,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=250, help="of the epoch; validation has a fifth of them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    for contender in arguments.contenders:
+        if contender.partition(":")[2] not in PLACES:
+            parser.error(f"{contender!r}: behind the colon comes cpu or device")
     device = torch.device(arguments.device)
     if device.type == "cuda":  # as nnUNetv2_train does
         torch.set_num_threads(1)
@@ -226,19 +273,18 @@ def main() -> None:
         "trace",
     ]
     units = ["", "s", "s", "batch/s", "ms", "s", "s", "s", "s", "", "busy %", "busy %"]
-    results: dict[str, dict[str, float]] = {}
+    results: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["nnUNet_results"] = folder  # noqa: SIM112
         for contender in arguments.contenders:
-            results[contender] = measure(contender, arguments)
+            results.append(measure(contender, arguments))
             gc.collect()
-            print(f"{contender}: {results[contender]}", flush=True)
-    width = max(len(contender) for contender in results)
+            print(f"{contender}: {results[-1]}", flush=True)
+    width = max(len(contender) for contender in arguments.contenders)
     for line in (columns, units):
         print(f"{'':{width}}" + "".join(f"{word:>9}" for word in line))
-    first = next(iter(results.values()))["epoch"]
-    for contender, result in results.items():
-        result["ratio"] = result["epoch"] / first
+    for contender, result in zip(arguments.contenders, results, strict=True):
+        result["ratio"] = result["epoch"] / results[0]["epoch"]
         print(f"{contender:{width}}" + "".join(f"{result[column]:9.4g}" for column in columns))
 
 

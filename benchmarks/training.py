@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import os
 import time
 
 import torch
@@ -21,6 +20,7 @@ from contenders import (
     dermomamba_step,
     lesion_batch,
     median_ms,
+    portable_scan,
     provenance,
     training_step,
     unet_step,
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.network import DermoMamba
-from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
 from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
 GATE = 1e-3
@@ -75,11 +74,10 @@ def gate(device: torch.device, compiled: bool) -> None:
         data, target = (t[..., : patch[0], : patch[1]].contiguous() for t in lesion_batch(2, device, seed))
         data = data.to(kind)
         results = []
-        os.environ[ENVIRONMENT_VARIABLE] = "torch"
-        for scale in (1, 1 + 1e-7):
-            reference.load_state_dict(weights)
-            results.append(gradients(reference, reference, data * scale, target))
-        del os.environ[ENVIRONMENT_VARIABLE]
+        with portable_scan():
+            for scale in (1, 1 + 1e-7):
+                reference.load_state_dict(weights)
+                results.append(gradients(reference, reference, data * scale, target))
         (expected, theirs), (_, scaled) = results
         loss, ours = gradients(network, call, data, target)
         error, rounding = (float((m - theirs).norm() / theirs.norm()) for m in (ours, scaled))

@@ -14,7 +14,8 @@ from .library import as_autocast, register_convolution
 CHANNELS = {(16, 16), (16, 32), (32, 16)}
 """Of maps and results, where that is faster (``benchmarks/convolution.py``)."""
 MANY = 192 * 256
-"""Positions of all maps from which on it is: the result, its gradients from two to eight such maps on."""
+"""Positions of all maps from which on the result is there sooner. With gradients that takes two to eight times as many;
+below, a training pays a few microseconds."""
 
 
 def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
@@ -25,7 +26,7 @@ _operator = register_convolution("convolution", "cuda_convolution", "convolution
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``convolution`` is the faster way, for x (B, c, H, W) and weight (d, c, k, k)."""
+    """Whether ``convolution`` takes such a call and computes its result faster: x (B, c, H, W), weight (d, c, k, k)."""
     if not x.is_cuda or tuple(weight.shape[2:]) != (3, 3) or (weight.shape[1], weight.shape[0]) not in CHANNELS:
         return False
     kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
