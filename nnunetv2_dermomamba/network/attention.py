@@ -12,7 +12,11 @@ from nnunetv2_dermomamba.ops.backends import own_cuda_kernels, own_gpu_kernels
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
 from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution
+from nnunetv2_dermomamba.ops.library import as_autocast
 from nnunetv2_dermomamba.ops.maximum import maximum
+from nnunetv2_dermomamba.ops.normalise import batch_norm_of_running
+
+FEW_MAPS = 4  # an image and its mirror images
 
 
 def _maximum_and_mean(x: Tensor, channels: bool) -> tuple[Tensor, Tensor]:
@@ -56,12 +60,23 @@ class CBAM(nn.Module):
         if numba_infers(x) and x.shape[1] % 8 == 0:
             return self._factors_on_cpu(x)
         pooled = torch.stack(_maximum_and_mean(x, channels=False))
-        channel_gate = torch.sigmoid(self.channel_mlp(pooled).sum(0))[:, :, None, None]
+        few = len(x) <= FEW_MAPS and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        mlp = self._mlp_of_few if few else self.channel_mlp
+        channel_gate = torch.sigmoid(mlp(pooled).sum(0))[:, :, None, None]
         gated = x * channel_gate
         summary = torch.stack(_maximum_and_mean(gated, channels=True), dim=1)
-        spatial_gate = torch.sigmoid(self.spatial_norm(self._convolve(summary)))
+        spatial_gate = torch.sigmoid(batch_norm_of_running(self._convolve(summary), self.spatial_norm))
         keeps_less = torch.is_grad_enabled() and x.device.type != "cpu"
         return (x, spatial_gate, channel_gate) if keeps_less else (gated, spatial_gate)
+
+    def _mlp_of_few(self, pooled: Tensor) -> Tensor:
+        """``channel_mlp`` as sums, a kernel each when compiled; a library's products of few rows take longer."""
+        for layer in self.channel_mlp:
+            if isinstance(layer, nn.Linear):
+                pooled = as_autocast((pooled[..., None, :] * layer.weight).sum(-1) + layer.bias)
+            else:
+                pooled = layer(pooled)
+        return pooled
 
     def _convolve(self, summary: Tensor) -> Tensor:
         """``spatial_conv``, in the way whose gradients are fastest; (B, 2, H, W) to (B, 1, H, W)."""

@@ -10,6 +10,7 @@ from nnunetv2_dermomamba.ops.axial_depthwise import axial_depthwise
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.fused_depthwise import kernels_serve
+from nnunetv2_dermomamba.ops.normalise import batch_norm_of_running
 
 from .ss2d import VSSBlock
 
@@ -68,5 +69,13 @@ class CrossScaleMambaBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         # channels last throughout, so that gradients are, too, and are written once
         rest = x.permute(0, 2, 3, 1).chunk(4, dim=3)[3]
-        y = torch.cat([*self.vss(self._branches(x)).chunk(3), rest], dim=3).permute(0, 3, 1, 2)
-        return F.relu(self.norm(y), inplace=True)
+        y = _side_by_side([*self.vss(self._branches(x)).chunk(3), rest]).permute(0, 3, 1, 2)
+        return F.relu(batch_norm_of_running(y, self.norm), inplace=True)
+
+
+def _side_by_side(maps: list[Tensor]) -> Tensor:
+    """Maps (B, H, W, c) as one, (B, H, W, n c)."""
+    if torch.is_grad_enabled():
+        return torch.cat(maps, dim=3)
+    # of a result with four axes a compiler thinks that they are (B, C, H, W), and writes the second one last
+    return torch.stack(maps, dim=3).flatten(3)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.halve import halve
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
-from nnunetv2_dermomamba.ops.normalise import batch_norm
+from nnunetv2_dermomamba.ops.normalise import batch_norm, batch_norm_of_running
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 from .attention import multiplied
@@ -54,7 +54,7 @@ class EncoderStage(nn.Module):
         if self.training:
             x = batch_norm(self.conv.without_bias(x), self.norm, self.conv.bias)
         else:
-            x = self.norm(self.conv(x))
+            x = batch_norm_of_running(self.conv(x), self.norm)
         skip = F.relu(x, inplace=True)
         return halve(skip), skip
 
@@ -97,4 +97,4 @@ class DecoderStage(nn.Module):
         return fused
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:  # noqa: D102
-        return self.norm(F.gelu(self.conv(self._fuse(x, *skip))))
+        return batch_norm_of_running(F.gelu(self.conv(self._fuse(x, *skip))), self.norm)

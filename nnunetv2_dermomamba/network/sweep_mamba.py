@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops.normalise import batch_norm_of_running
+
 from .ss2d import SS2D
 
 
@@ -45,4 +47,4 @@ class SweepMamba(nn.Module):
             + self.scan_ch(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         )
         x = self.proj_out(F.silu(x) * scans) + skip * self.scale
-        return F.relu(self.norm_out(x.permute(0, 3, 1, 2)))
+        return F.relu(batch_norm_of_running(x.permute(0, 3, 1, 2), self.norm_out))

@@ -151,3 +151,27 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d, offset: Tensor) -> Tensor:
         mean.lerp_(own_mean[0] + offset, momentum)
         variance.lerp_(own_variance[0] * (count / max(count - 1, 1)), momentum)
     return y
+
+
+def batch_norm_of_running(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(x)``; compiled for a GPU, inference writes the formula out.
+
+    PyTorch's own has a square root and a division, which a compiler does for every position: half of the pass's time.
+
+    Args:
+        x: (B, C, H, W).
+        norm: its running statistics are used unless it is in training.
+
+    Returns:
+        (B, C, H, W), in the type of ``x``.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    inference = x.is_cuda and torch.compiler.is_compiling() and type(norm) is nn.BatchNorm2d and not norm.training
+    if not inference or mean is None or variance is None:
+        return norm(x)
+    return _of_running(x, norm, mean, variance)
+
+
+def _of_running(x: Tensor, norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> Tensor:
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return ((x - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)

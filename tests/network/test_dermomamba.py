@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nnunetv2_dermomamba.network import DermoMamba, dermomamba
+from nnunetv2_dermomamba.network import DermoMamba, cross_scale, dermomamba
+from nnunetv2_dermomamba.network.attention import CBAM
 from nnunetv2_dermomamba.network.convolution import ConvIn
 from nnunetv2_dermomamba.network.stages import EncoderStage
 
@@ -110,3 +111,17 @@ def test_formula_of_the_first_convolution(channels):
     cotangent = torch.randn_like(y)
     for one, other in zip(*(torch.autograd.grad(m, conv.parameters(), cotangent) for m in (y, conv(x))), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_channel_gate_of_few_maps_is_that_of_many() -> None:
+    torch.manual_seed(0)
+    cbam, pooled = CBAM(32).double(), torch.randn(2, 3, 32, dtype=torch.float64)
+    torch.testing.assert_close(cbam._mlp_of_few(pooled), cbam.channel_mlp(pooled))
+
+
+def test_maps_side_by_side_are_the_same_with_and_without_gradients() -> None:
+    maps = [torch.randn(2, 3, 5, 4) for _ in range(4)]
+    with torch.no_grad():
+        without = cross_scale._side_by_side(maps)
+    assert torch.equal(without, cross_scale._side_by_side(maps))
+    assert without.stride() == (240, 80, 16, 1)

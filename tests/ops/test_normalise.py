@@ -11,7 +11,7 @@ from tolerances import FORWARD, GRADIENT, relative_error
 from torch import Tensor, nn
 
 from nnunetv2_dermomamba.ops import cuda_channel_sums, normalise
-from nnunetv2_dermomamba.ops.normalise import batch_norm, channel_sums, instance_norm
+from nnunetv2_dermomamba.ops.normalise import batch_norm, batch_norm_of_running, channel_sums, instance_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
@@ -169,3 +169,28 @@ def test_compiled_on_a_gpu(kind):
     for one, other in zip(both.parameters(), theirs.parameters(), strict=True):
         assert relative_error(one.grad, other.grad) < tolerance
     assert relative_error(both.two.running_var, theirs.two.running_var) < tolerance
+
+
+def trained_batch_norm(channels: int) -> nn.BatchNorm2d:
+    norm = affine(nn.BatchNorm2d(channels))
+    norm.running_mean.copy_(draw(channels, dtype=torch.float32))
+    norm.running_var.copy_(draw(channels, dtype=torch.float32, seed=1).square())
+    return norm.eval()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_batch_norm_of_running_statistics_by_its_formula(kind):
+    norm, x = trained_batch_norm(16), maps(3, 16, 5, 7, kind)
+    written_out = normalise._of_running(x, norm, norm.running_mean, norm.running_var)
+    assert written_out.dtype == kind
+    assert written_out.stride() == x.stride()
+    expected = copy.deepcopy(norm).double()(x.double())
+    assert relative_error(written_out, expected) < FORWARD.get(kind, torch.finfo(kind).eps)
+
+
+@pytest.mark.gpu
+def test_batch_norm_of_running_statistics_compiled_on_a_gpu():
+    norm, x = trained_batch_norm(32), maps(3, 32, 40, 33)
+    with torch.inference_mode():
+        y = torch.compile(batch_norm_of_running)(x, norm)
+        assert relative_error(y, norm(x)) < torch.finfo(torch.float16).eps
