@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 1 on the CPU, 1 and 64 on CUDA)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="on CUDA (default: all)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(provenance(device))
@@ -106,8 +107,8 @@ def main() -> None:
         best = {}
         for name, network in networks.items():
             times = {}
-            for way, settings in WAYS.items():
-                times[way] = median_ms(prepared(network.to(device).eval(), data, settings), device)
+            for way in arguments.ways:
+                times[way] = median_ms(prepared(network.to(device).eval(), data, WAYS[way]), device)
             best[name] = min(times.values())
             print(
                 f"batch {batch:3} {name:14} " + "; ".join(f"{way} {ms:.3f} ms" for way, ms in times.items()), flush=True
