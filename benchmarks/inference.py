@@ -61,10 +61,10 @@ COMBINED = {"combo_kernels": True}  # independent small kernels as one
 FROZEN = {"freezing": True}  # weights are constants, and so is what follows from them alone
 WAYS: dict[str, dict[str, bool] | None] = {
     "eager": None,
-    "CUDA graph": GRAPH,
+    "graph": GRAPH,
     "combined": GRAPH | COMBINED,
     "frozen": GRAPH | FROZEN,
-    "frozen, combined": GRAPH | FROZEN | COMBINED,
+    "frozen-combined": GRAPH | FROZEN | COMBINED,
 }
 """Ways to run a network on a GPU: settings of PyTorch's compiler, or None."""
 
