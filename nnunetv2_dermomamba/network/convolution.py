@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import convolution as kernels
+from nnunetv2_dermomamba.ops.add_bias import add_bias
 from nnunetv2_dermomamba.ops.library import as_autocast
 
 
@@ -59,8 +60,7 @@ class Conv3x3(nn.Conv2d):
         if not x.is_cuda:
             return super().forward(x)
         assert self.bias is not None
-        y = self._convolve(x, self.weight)
-        return y + self.bias.to(y.dtype)[:, None, None]  # a compiler adds it where the result is read
+        return add_bias(self._convolve(x, self.weight), self.bias)  # a compiler adds it where the result is read
 
     def without_bias(self, x: Tensor) -> Tensor:
         """For a normalisation behind it, which subtracts each channel's mean and the bias with it.

@@ -77,5 +77,5 @@ def _side_by_side(maps: list[Tensor]) -> Tensor:
     """Maps (B, H, W, c) as one, (B, H, W, n c)."""
     if torch.is_grad_enabled():
         return torch.cat(maps, dim=3)
-    # of a result with four axes a compiler thinks that they are (B, C, H, W), and writes the second one last
-    return torch.stack(maps, dim=3).flatten(3)
+    # by rows: of a result with four axes a compiler thinks that they are (B, C, H, W), and writes the second one last
+    return torch.cat([m.flatten(0, 2) for m in maps], dim=1).view(*maps[0].shape[:3], -1)

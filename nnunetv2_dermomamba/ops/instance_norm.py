@@ -5,6 +5,8 @@ PyTorch's InstanceNorm copies channels-last maps to channels first and takes sev
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,15 +32,26 @@ def instance_norm_leaky_add(x: Tensor, norm: nn.InstanceNorm2d, slope: float, ot
         from .cpu_instance_norm import instance_norm_leaky_add_cpu  # Numba need not be there for PyTorch's own
 
         return instance_norm_leaky_add_cpu(x, norm, slope, other, factor)
-    normalised = _normalised(x, norm)
+    if normalise.serves(x):
+        return factor * other + _LeakyReLU.apply(normalise.instance_norm(x, norm), slope)
+    normalised = _formula(x, norm) if torch.compiler.is_compiling() else norm(x)
     # other first: the sum has its memory format, which InstanceNorm loses
     return factor * other + F.leaky_relu(normalised, slope, inplace=True)
 
 
-def _normalised(x: Tensor, norm: nn.InstanceNorm2d) -> Tensor:
-    if normalise.serves(x):
-        return normalise.instance_norm(x, norm)
-    return _formula(x, norm) if torch.compiler.is_compiling() else norm(x)
+class _LeakyReLU(torch.autograd.Function):
+    """In whose gradient the input is used once: a compiler writes what it has to compute again for several uses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return F.leaky_relu(x, slope)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.where(x > 0, dy, dy * ctx.slope), None
 
 
 def _formula(x: Tensor, norm: nn.InstanceNorm2d) -> Tensor:

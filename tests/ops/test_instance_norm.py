@@ -6,6 +6,7 @@ from tolerances import FORWARD, relative_error
 from torch import nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops import instance_norm
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 
 
@@ -32,3 +33,13 @@ def test_nan_stays() -> None:
         y = instance_norm_leaky_add(x, nn.InstanceNorm2d(8, affine=True), 0.01, torch.zeros_like(x), torch.ones(1))
     assert y[1, 3].isnan().all()
     assert y.isnan().sum() == 25
+
+
+def test_the_leaky_relu_of_compiled_training_is_pytorch_s() -> None:
+    x = torch.tensor([-2.0, -0.0, 0.0, 1e-7, 3.0, float("nan")], dtype=torch.float64, requires_grad=True)
+    dy = torch.arange(1.0, 7.0, dtype=torch.float64)
+    (expected, gradient), (result, own) = (
+        (y, torch.autograd.grad(y, x, dy)[0]) for y in (F.leaky_relu(x, 0.01), instance_norm._LeakyReLU.apply(x, 0.01))
+    )
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(own, gradient)
