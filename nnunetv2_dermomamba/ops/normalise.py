@@ -64,7 +64,11 @@ def _maps(rows: Tensor, like: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """A normalisation by the statistics of ``x`` itself, which its gradient counts in; results are rows."""
+    """A normalisation by the statistics of ``x`` itself, which its gradient counts in.
+
+    Maps go in and come out, and so do their gradients: where the gradient were rows, a compiler would copy it for the
+    operator that takes it as maps, and so the result for the next one.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -72,12 +76,12 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, rstd)
         scale = rstd * weight
-        return (_rows(x, len(mean)) * scale[:, None] + (bias - mean * scale)[:, None]).to(x.dtype)
+        y = (_rows(x, len(mean)) * scale[:, None] + (bias - mean * scale)[:, None]).to(x.dtype)
+        return _maps(y, x).clone()  # what a function returns must be no view, or it could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, rstd = ctx.saved_tensors
-        dy = _maps(dy, x)
         first, second = channel_sums(dy, x, mean).sum(1).unbind(1)
         # of x, not of its difference from the mean, which a compiler would keep from the forward pass, as float32
         count = x.numel() // mean.numel()
@@ -104,8 +108,7 @@ def normalise(x: Tensor, norm: nn.BatchNorm2d | nn.InstanceNorm2d, groups: int) 
         first, second = (sums * (groups * x.shape[1] / x.numel())).unbind(1)
         mean, variance = shift + first, (second - first * first).clamp(min=0)
         rstd = torch.rsqrt(variance + norm.eps)
-    # maps out here: what a function returns must be no view, or it could not be changed in place
-    return _maps(_Normalise.apply(x, norm.weight, norm.bias, mean, rstd), x), mean, variance
+    return _Normalise.apply(x, norm.weight, norm.bias, mean, rstd), mean, variance
 
 
 def serves(x: Tensor) -> bool:
