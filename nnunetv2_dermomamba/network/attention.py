@@ -52,10 +52,10 @@ class CBAM(nn.Module):
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Tensors whose product is the result: training on a GPU ``x`` and both gates, so that no product need be kept.
+        """Tensors whose product is the result: on a GPU ``x`` and both gates, so that no product need be written.
 
-        The spatial gate comes first there, or a compiler would find the product with the other one and keep that.
-        Elsewhere, where time counts, that product is a factor: it has been computed.
+        The spatial gate comes first there, or a compiler would find the product with the other one and keep that. On a
+        CPU that product is a factor: it has been computed.
         """
         if numba_infers(x) and x.shape[1] % 8 == 0:
             return self._factors_on_cpu(x)
@@ -66,8 +66,7 @@ class CBAM(nn.Module):
         gated = x * channel_gate
         summary = torch.stack(_maximum_and_mean(gated, channels=True), dim=1)
         spatial_gate = torch.sigmoid(batch_norm_of_running(self._convolve(summary), self.spatial_norm))
-        keeps_less = torch.is_grad_enabled() and x.device.type != "cpu"
-        return (x, spatial_gate, channel_gate) if keeps_less else (gated, spatial_gate)
+        return (gated, spatial_gate) if x.device.type == "cpu" else (x, spatial_gate, channel_gate)
 
     def _mlp_of_few(self, pooled: Tensor) -> Tensor:
         """``channel_mlp`` as sums, a kernel each when compiled; a library's products of few rows take longer."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops import fuse_skip
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.halve import halve
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
@@ -82,6 +83,10 @@ class DecoderStage(nn.Module):
     def _fuse(self, x: Tensor, *skip: Tensor) -> Tensor:
         """``fuse`` of the concatenation."""
         weight_x, weight_skip = self.fuse.weight.chunk(2, dim=1)
+        if fuse_skip.serves(*skip):
+            whole, spatial_gate, channel_gate = skip
+            low = F.conv2d(x, weight_x)
+            return fuse_skip.fuse_skip(whole, spatial_gate, channel_gate, weight_skip, low, self.fuse.bias)
         low = convolve_and_add(x, weight_x, self.fuse.bias)
         if numba_infers(x) and low.shape[1] % 8 == 0 and len(skip) == 2 and skip[1].shape[1] == 1:
             from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add  # Numba need not be there otherwise

@@ -23,6 +23,11 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
     return _AddBias.apply(x, bias) if serves(x) else x + bias.to(x.dtype)[:, None, None]
 
 
+def positions_sum(x: Tensor) -> Tensor:
+    """Of maps (B, C, H, W) that ``channel_sums`` takes, for every channel; (C,), float32."""
+    return channel_sums(None, x, x.new_zeros(1, x.shape[1], dtype=torch.float32)).sum(1)[0, 0]
+
+
 class _AddBias(torch.autograd.Function):
     """Whose gradient is summed by an operator: for a sum of its own a compiler computes all before it once more."""
 
@@ -32,4 +37,4 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return dy, channel_sums(None, dy, dy.new_zeros(1, dy.shape[1], dtype=torch.float32)).sum(1)[0, 0]
+        return dy, positions_sum(dy)

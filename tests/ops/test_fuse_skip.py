@@ -1,0 +1,103 @@
+"""A decoder's fusion with its skip as one kernel against PyTorch's operators; without a GPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tolerances import FORWARD, GRADIENT, relative_error
+from torch import Tensor
+from torch.nn import functional as F
+from triton_interpreter import interpreted_without_gpu
+
+pytest.importorskip("triton")
+
+from nnunetv2_dermomamba.network import stages
+from nnunetv2_dermomamba.ops import triton_fuse_skip
+from nnunetv2_dermomamba.ops.fuse_skip import fuse_skip, serves
+
+pytestmark = interpreted_without_gpu
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(2, 32, 6, 8), (1, 64, 2, 70), (3, 128, 12, 4)]
+KINDS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+"""Triton's interpreter multiplies bfloat16's bit patterns."""
+NAMES = ("x", "spatial_gate", "channel_gate", "weight", "low", "bias")
+
+
+def inputs(batch: int, channels: int, height: int, width: int, kind: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    def draw_map(high: int, wide: int) -> Tensor:
+        return draw(batch, high, wide, channels).permute(0, 3, 1, 2).to(kind)
+
+    gates = draw(batch, 1, height, width).sigmoid().to(kind), draw(batch, channels, 1, 1).sigmoid().to(kind)
+    weight = draw(channels, channels, 1, 1) * channels**-0.5
+    return [draw_map(height, width), *gates, weight, draw_map(height // 2, width // 2), draw(channels)]
+
+
+def formula(x, spatial_gate, channel_gate, weight, low, bias):
+    return F.conv2d(x * spatial_gate * channel_gate, weight) + F.interpolate(
+        low + bias[:, None, None], scale_factor=2.0
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_pytorchs_own(monkeypatch, shape, kind, many, compiled):
+    monkeypatch.setattr(triton_fuse_skip, "FULL", 0 if many else 10**6)
+    arguments = inputs(*shape, kind)
+    dy = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, kind)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    leaves = [m.clone().requires_grad_() for m in arguments]
+    wide = [m.double().requires_grad_() for m in arguments]
+    function = torch.compile(fuse_skip, backend="aot_eager", fullgraph=True) if compiled else fuse_skip
+    y, expected = function(*leaves), formula(*wide)
+    assert y.dtype == kind
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    eps = torch.finfo(kind).eps
+    assert relative_error(y, expected.detach()) < (FORWARD[kind] if kind == torch.float32 else eps)
+    ours, theirs = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, wide, dy.double())
+    for name, leaf, one, other in zip(NAMES, leaves, ours, theirs, strict=True):
+        assert one.dtype == leaf.dtype
+        assert one.shape == leaf.shape
+        assert relative_error(one, other) < (GRADIENT[kind] if kind == torch.float32 else 4 * eps), name
+
+
+def test_the_decoder_gives_the_same(monkeypatch):
+    x, *gates, _, low, _ = inputs(2, 32, 8, 12, torch.float32)
+    stage = stages.DecoderStage(32).to(DEVICE)
+    other = copy.deepcopy(stage)
+    monkeypatch.setattr(stages.fuse_skip, "serves", lambda *skip: True)
+    y = stage(low, x, *gates)
+    monkeypatch.setattr(stages.fuse_skip, "serves", lambda *skip: False)
+    assert relative_error(y, other(low, x, *gates)) < 1e-5
+
+
+def test_what_it_serves():
+    x, *gates, _, _, _ = inputs(2, 32, 8, 12, torch.float16)
+    assert serves(x, *gates) == x.is_cuda
+    assert not serves(x, *reversed(gates))
+    assert not serves(x, gates[0])
+    assert not serves(x.float(), *gates)
+    assert not serves(x[:, :24], gates[0], gates[1][:, :24])
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu():
+    arguments = inputs(2, 32, 96, 128, torch.float16)
+    leaves = [m.clone().requires_grad_() for m in arguments]
+    wide = [m.double().requires_grad_() for m in arguments]
+    with torch.autocast("cuda"):
+        y = torch.compile(lambda *m: F.gelu(fuse_skip(*m)))(*leaves)
+    expected = F.gelu(formula(*wide))
+    assert relative_error(y, expected.detach()) < 2 * torch.finfo(torch.float16).eps
+    dy = torch.randn_like(y)
+    ours, theirs = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, wide, dy.double())
+    for name, one, other in zip(NAMES, ours, theirs, strict=True):
+        assert relative_error(one, other) < 4 * torch.finfo(torch.float16).eps, name
