@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from nnunetv2_dermomamba.ops.backends import own_cuda_kernels, own_gpu_kernels
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
-from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution
+from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution, spatial_gate
 from nnunetv2_dermomamba.ops.library import as_autocast
 from nnunetv2_dermomamba.ops.maximum import maximum
-from nnunetv2_dermomamba.ops.normalise import batch_norm_of_running
 
 FEW_MAPS = 4  # an image and its mirror images
 
@@ -64,8 +63,7 @@ class CBAM(nn.Module):
         mlp = self._mlp_of_few if few else self.channel_mlp
         channel_gate = torch.sigmoid(mlp(pooled).sum(0))[:, :, None, None]
         gated = x * channel_gate
-        summary = torch.stack(_maximum_and_mean(gated, channels=True), dim=1)
-        spatial_gate = torch.sigmoid(batch_norm_of_running(self._convolve(summary), self.spatial_norm))
+        spatial_gate = self._spatial_gate(*_maximum_and_mean(gated, channels=True))
         return (gated, spatial_gate) if x.device.type == "cpu" else (x, spatial_gate, channel_gate)
 
     def _mlp_of_few(self, pooled: Tensor) -> Tensor:
@@ -76,6 +74,14 @@ class CBAM(nn.Module):
             else:
                 pooled = layer(pooled)
         return pooled
+
+    def _spatial_gate(self, maximum: Tensor, mean: Tensor) -> Tensor:
+        """Of two maps (B, H, W), (B, 1, H, W)."""
+        norm = self.spatial_norm
+        infers = maximum.is_cuda and not (torch.is_grad_enabled() or norm.training) and type(norm) is nn.BatchNorm2d
+        if infers and maximum.numel() and own_cuda_kernels(maximum.dtype):
+            return spatial_gate(maximum, mean, self.spatial_conv.weight, norm)
+        return torch.sigmoid(norm(self._convolve(torch.stack([maximum, mean], dim=1))))
 
     def _convolve(self, summary: Tensor) -> Tensor:
         """``spatial_conv``, in the way whose gradients are fastest; (B, 2, H, W) to (B, 1, H, W)."""

@@ -67,6 +67,40 @@ def gate_forward(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def gate_inference(
+    maximum: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    center: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    """The gate: sigmoid of ``gate_forward`` of both maps, normalised by given statistics.
+
+    Args:
+        maximum: (B, H, W), float16, bfloat16 or float32.
+        mean: as maximum.
+        weight: (1, 2, 7, 7), float32.
+        scale: BatchNorm's weight, (1,), float32.
+        offset: its bias.
+        center: its running mean.
+        variance: its running variance.
+        eps: its.
+
+    Returns:
+        (B, 1, H, W) of ``maximum``'s type, contiguous.
+    """
+    y = maximum.new_empty(maximum.shape[0], 1, *maximum.shape[1:])
+    plan = Plan(y)
+    with torch.cuda.device_of(y):
+        maps, norm = (aligned(maximum), aligned(mean)), (scale, offset, center, variance, ctypes.c_float(eps))
+        arguments = *maps, weight.contiguous(), *norm, y, plan.sizes
+        launch(FILES, plan.definitions, "gate_inference", plan.tiles, THREADS, plan.shared[0], *arguments)
+    return y
+
+
 def gate_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``gate_forward`` with respect to x, contiguous and of its type, and the weight, float32."""
     plan = Plan(x)

@@ -1,8 +1,11 @@
-"""The 7 x 7 convolution of CBAM's spatial gate, two channels to one, as an operator of CUDA kernels."""
+"""The 7 x 7 convolution of CBAM's spatial gate, two channels to one, and for inference the gate, by CUDA kernels."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
 
 from .library import as_autocast, register_convolution
 
@@ -25,3 +28,52 @@ def gate_convolution(x: Tensor, weight: Tensor) -> Tensor:
         (B, 1, H, W), of autocast's type under autocast.
     """
     return _operator(as_autocast(x), weight.float())
+
+
+@torch.library.custom_op("dermomamba::spatial_gate", mutates_args=())
+def _inference(
+    maximum: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    center: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    kernel = import_module(".cuda_gate_convolution", __package__)  # needs CUDA
+    return kernel.gate_inference(maximum, mean, weight, scale, offset, center, variance, eps)  # type: ignore[no-any-return]
+
+
+@_inference.register_fake
+def _(
+    maximum: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    center: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    return maximum.new_empty(maximum.shape[0], 1, *maximum.shape[1:])
+
+
+def spatial_gate(maximum: Tensor, mean: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``sigmoid(norm(convolution))`` of two maps, for inference; where ``backends.own_cuda_kernels``.
+
+    Args:
+        maximum: (B, H, W), not empty.
+        mean: as maximum.
+        weight: (1, 2, 7, 7).
+        norm: of one channel, affine, with running statistics.
+
+    Returns:
+        (B, 1, H, W), of autocast's type under autocast.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return _inference(  # type: ignore[no-any-return]
+        as_autocast(maximum), as_autocast(mean), weight.float(), *(m.float() for m in statistics), norm.eps
+    )

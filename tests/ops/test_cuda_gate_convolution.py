@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nnunetv2_dermomamba.network.attention import CBAM
 from nnunetv2_dermomamba.ops import cuda_gate_convolution
 from nnunetv2_dermomamba.ops.cuda_gate_convolution import Plan, gate_backward, gate_forward
-from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution
+from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution, spatial_gate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="needs CUDA or g++")
@@ -70,6 +70,21 @@ def test_half_precision_is_rounded_once(kind, size):
 
 
 @pytest.mark.usefixtures("many")
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [(1, 1), (12, 16), (33, 70)])
+def test_the_whole_gate_in_inference(kind, size):
+    maximum, mean = (m.transpose(1, 2) for m in draw(2, 3, *reversed(size), dtype=kind))
+    norm = torch.nn.BatchNorm2d(1, eps=1e-3, device=DEVICE).eval()
+    for tensor, value in zip((*norm.parameters(), *norm.buffers()), (1.5, -0.3, 0.2, 0.7, 9), strict=True):
+        tensor.detach().fill_(value)
+    gate = spatial_gate(maximum, mean, weight_of(), norm)
+    summary = torch.stack([maximum, mean], dim=1).double()
+    expected = torch.sigmoid(norm.double()(F.conv2d(summary, weight_of().double(), padding=3)))
+    assert gate.dtype == kind
+    assert relative_error(gate, expected.detach()) < max(FORWARD[torch.float32], torch.finfo(kind).eps)
+
+
+@pytest.mark.usefixtures("many")
 def test_any_order_in_memory():
     check(draw(2, 9, 8, 2).permute(0, 3, 1, 2), weight_of())
     check(draw(2, 2, 8, 9).transpose(2, 3), weight_of())
@@ -101,6 +116,26 @@ def test_weights_of_half_precision_have_gradients_of_it():
     y.sum().backward()
     assert relative_error(y, expected) < torch.finfo(torch.float16).eps
     assert x.grad.dtype == weight.grad.dtype == torch.float16
+
+
+def test_the_whole_gate_is_a_proper_operator():
+    maps, numbers = (draw(2, 9, 7), draw(2, 9, 7)), [torch.ones(1, device=DEVICE) for _ in range(4)]
+    torch.library.opcheck(torch.ops.dermomamba.spatial_gate.default, (*maps, weight_of(), *numbers, 1e-5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_inference_on_a_gpu_is_what_the_portable_backend_computes(monkeypatch, kind):
+    torch.manual_seed(0)
+    cbam, x = CBAM(16).to(DEVICE).eval(), draw(2, 16, 40, 36).contiguous(memory_format=torch.channels_last)
+    results = []
+    for call, backend in ((cbam, "torch"), (cbam, "cuda"), (torch.compile(cbam, fullgraph=True), "cuda")):
+        monkeypatch.setenv("DERMOMAMBA_BACKEND", backend)
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=kind == torch.float16):
+            results.append(call(x))
+    tolerance = FORWARD[torch.float32] if kind == torch.float32 else 4 * torch.finfo(kind).eps
+    for ours in results[1:]:
+        assert relative_error(ours, results[0]) < tolerance
 
 
 @pytest.mark.gpu

@@ -129,22 +129,41 @@ __device__ __forceinline__ void write_part(Input* channel, const Sizes& map, con
         write_inside(channel, map, tile.row() + row, tile.column(), sums + row * 4);
 }
 
-// x: (batch, 2, height, width); weights: (2, 7, 7); y: (batch, 1, height, width). A block for every tile.
-extern "C" __global__ void __launch_bounds__(THREADS, 5)
-    gate_forward(const Input* x, const float* weights, Input* y, Sizes map) {
+// The sums of a thread's part of a tile, from both channels of its map.
+__device__ __forceinline__ void convolve_both(const Input* const (&channels)[2], const float* weights,
+                                              const Tile& tile, const Sizes& map, float (&sums)[ROWS * 4]) {
     float* taps = shared;
     float* planes = taps + 2 * TAP_QUADS * 4;
-    const Tile tile(blockIdx.x, map);
     stage_taps(weights, taps);
-    x += tile.batch * 2 * map.positions();
-    for (int channel = 0; channel < 2; ++channel)
-        stage(x + channel * map.positions(), map, tile, planes + channel * PLANE);
+    for (int channel = 0; channel < 2; ++channel) stage(channels[channel], map, tile, planes + channel * PLANE);
     __syncthreads();
-    float sums[ROWS * 4] = {};
 #pragma unroll 1
     for (int channel = 0; channel < 2; ++channel)
         convolve<false>(planes + channel * PLANE, taps + channel * TAP_QUADS * 4, sums);
+}
+
+// x: (batch, 2, height, width); weights: (2, 7, 7); y: (batch, 1, height, width). A block for every tile.
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
+    gate_forward(const Input* x, const float* weights, Input* y, Sizes map) {
+    const Tile tile(blockIdx.x, map);
+    x += tile.batch * 2 * map.positions();
+    float sums[ROWS * 4] = {};
+    convolve_both({x, x + map.positions()}, weights, tile, map, sums);
     write_part(y + tile.batch * map.positions(), map, tile, sums);
+}
+
+// For inference sigmoid(batch_norm(convolution)) of two channels apart, (batch, height, width) each; of one float each
+// BatchNorm's weight, bias, running mean and running variance.
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
+    gate_inference(const Input* maximum, const Input* mean, const float* weights, const float* scale,
+                   const float* offset, const float* center, const float* variance, float eps, Input* y, Sizes map) {
+    const Tile tile(blockIdx.x, map);
+    const long long first = tile.batch * map.positions();
+    float sums[ROWS * 4] = {};
+    convolve_both({maximum + first, mean + first}, weights, tile, map, sums);
+    const float by = *scale / sqrtf(*variance + eps);
+    for (int i = 0; i < ROWS * 4; ++i) sums[i] = sigmoid(fmaf(sums[i] - *center, by, *offset));
+    write_part(y + first, map, tile, sums);
 }
 
 // A tile of dx.
