@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from nnunetv2_dermomamba.ops import selective_scan_2d_maps
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.depthwise_silu import depthwise_silu
+from nnunetv2_dermomamba.ops.fused_depthwise import taps_of
 from nnunetv2_dermomamba.ops.norm_linear import norm_linear, norm_linear_halves
 from nnunetv2_dermomamba.ops.recompute import recompute
+from nnunetv2_dermomamba.ops.side_by_side import serves, ss2d_side_by_side
 
 STATE = 16
 """States per channel, N (VMamba's default)."""
@@ -53,10 +56,26 @@ class SS2D(nn.Module):
 
     def _forward(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         x, gate = self.in_proj(x).chunk(2, dim=-1) if norm is None else norm_linear_halves(x, norm, self.in_proj)
-        x = depthwise_silu(x, self.conv)
-        A = -torch.exp(self.A_logs.float())
-        y = selective_scan_2d_maps(x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds)
+        y = selective_scan_2d_maps(depthwise_silu(x, self.conv), *self._scan_parameters())
         return norm_linear(y, self.out_norm, self.out_proj, gate, summed=True)
+
+    def _scan_parameters(self) -> tuple[Tensor, ...]:
+        A = -torch.exp(self.A_logs.float())
+        return self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, A, self.Ds
+
+    def operands(self, x: Tensor) -> list[Tensor]:
+        """What ``ss2d_side_by_side`` takes."""
+        maps = self.in_proj(x).chunk(2, dim=-1)
+        of_output = self.out_norm.weight, self.out_norm.bias, self.out_proj.weight
+        return [*maps, taps_of([self.conv]), *self._scan_parameters(), *(m.float() for m in of_output)]
+
+
+def side_by_side(layers: Sequence[SS2D], maps: Sequence[Tensor]) -> list[Tensor]:
+    """Of each layer what it makes of its map; in inference by CUDA kernels all at once."""
+    if not serves(maps[0], [layer.conv.in_channels for layer in layers]):
+        return [layer(x) for layer, x in zip(layers, maps, strict=True)]
+    operands = [m for layer, x in zip(layers, maps, strict=True) for m in layer.operands(x)]
+    return ss2d_side_by_side(operands, [layer.out_norm.eps for layer in layers])
 
 
 class VSSBlock(nn.Module):

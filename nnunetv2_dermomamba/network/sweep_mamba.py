@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops.normalise import batch_norm_of_running
 
-from .ss2d import SS2D
+from .ss2d import SS2D, side_by_side
 
 
 class SweepMamba(nn.Module):
@@ -41,10 +41,8 @@ class SweepMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         skip = x.permute(0, 2, 3, 1)
         x = self.proj_in(self.norm_in(skip))
-        scans = (
-            self.scan_hw(x)
-            + self.scan_wc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            + self.scan_ch(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        )
+        layers = self.scan_hw, self.scan_wc, self.scan_ch
+        hw, wc, ch = side_by_side(layers, [x, x.permute(0, 2, 3, 1), x.permute(0, 3, 1, 2)])
+        scans = hw + wc.permute(0, 3, 1, 2) + ch.permute(0, 2, 3, 1)
         x = self.proj_out(F.silu(x) * scans) + skip * self.scale
         return F.relu(batch_norm_of_running(x.permute(0, 3, 1, 2), self.norm_out))

@@ -10,7 +10,8 @@ from .depthwise import DepthwiseConv2d
 from .fused_depthwise import kernels_serve, register, taps_of
 from .library import as_autocast
 
-_operator = register("depthwise_silu", "silu")
+depthwise_silu_by_taps = register("depthwise_silu", "silu")
+"""``depthwise_silu`` of a map and ``taps_of`` a convolution, where ``kernels_serve``."""
 
 
 def depthwise_silu(x: Tensor, conv: DepthwiseConv2d) -> Tensor:
@@ -24,5 +25,5 @@ def depthwise_silu(x: Tensor, conv: DepthwiseConv2d) -> Tensor:
         (B, H, W, c), of autocast's type under autocast.
     """
     if kernels_serve(x, x.shape[-1]):
-        return _operator(as_autocast(x), taps_of([conv]))
+        return depthwise_silu_by_taps(as_autocast(x), taps_of([conv]))
     return F.silu(conv(x.permute(0, 3, 1, 2)), inplace=not torch.is_grad_enabled()).permute(0, 2, 3, 1)

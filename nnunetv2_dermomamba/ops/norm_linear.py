@@ -34,7 +34,7 @@ def _gpu_kernels(x: Tensor, gate: Tensor | None, matrix: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("dermomamba::norm_linear", mutates_args=())
-def _forward(
+def norm_linear_by_kernel(
     x: Tensor,
     gate: Tensor | None,
     scale: Tensor,
@@ -44,10 +44,11 @@ def _forward(
     kind: torch.dtype,
     maps: int,
 ) -> Tensor:
+    """``triton_norm_linear.norm_linear_forward``, by the kernel that serves."""
     return _gpu_kernels(x, gate, matrix).norm_linear_forward(x, gate, scale, shift, eps, matrix, kind, maps)
 
 
-@_forward.register_fake
+@norm_linear_by_kernel.register_fake
 def _(
     x: Tensor,
     gate: Tensor | None,
@@ -93,7 +94,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 no_double_backward(_backward)
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+norm_linear_by_kernel.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def norm_linear(
@@ -116,7 +117,7 @@ def norm_linear(
         x = x.squeeze(0) if len(x) == 1 else x.sum(0)  # [0] would have a gradient that copies
     if _triton_serves(x, linear.weight):
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        return _forward(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind, maps)
+        return norm_linear_by_kernel(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind, maps)
     if numba_infers(x):
         from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
