@@ -36,7 +36,7 @@ def convolution_kernel(
     y = tl.zeros([P, C], tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-    for i in tl.range(KH, loop_unroll_factor=3):
+    for i in range(KH):
         r = row + (i - KH // 2) * DILATION
         for j in tl.static_range(KW):
             s = column + (j - KW // 2) * DILATION
