@@ -21,7 +21,7 @@ def fuse_kernel(
     x_ptr, spatial_ptr, channel_ptr, weight_ptr, low_ptr, bias_ptr, y_ptr, items, blocks, pixels, width,
     C: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """Of ``items`` blocks of ``P`` pixels, ``blocks`` a map, every so manieth."""
+    """Blocks of ``P`` pixels, of which there are ``items``, ``blocks`` a map: as far apart as there are programs."""
     kind: tl.constexpr = x_ptr.dtype.element_ty
     c = tl.arange(0, C)
     weight = tl.load(weight_ptr + c[None, :] * C + c[:, None]).to(kind)  # [in, out]
