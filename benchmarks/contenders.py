@@ -22,10 +22,10 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
+from nnunetv2_dermomamba.cuda_graph import CapturedPass
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
-from nnunetv2_dermomamba.trainers.cuda_graph import CapturedPass
 from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
 PATCH = (192, 256)

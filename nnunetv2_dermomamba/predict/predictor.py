@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 
 from nnunetv2_dermomamba.images.photograph import Photograph
 from nnunetv2_dermomamba.network.ss2d import SS2D
 from nnunetv2_dermomamba.ops import describe_choice
+from nnunetv2_dermomamba.predict.mirrors import MirrorsAtOncePredictor
 from nnunetv2_dermomamba.predict.model import ModelError, build_network, load_model
 from nnunetv2_dermomamba.predict.options import FINAL_CHECKPOINT
 from nnunetv2_dermomamba.predict.reading import photo_in_memory, read_photo
@@ -114,18 +114,20 @@ class Predictor:
         has_scan = any(isinstance(module, SS2D) for module in network.modules())
         self.scan = describe_choice(self.device.type) if has_scan else None
         with redirect_stdout(io.StringIO()):  # nnU-Net tells that it keeps results on the CPU
-            self._nnunet = nnUNetPredictor(
+            self._nnunet = MirrorsAtOncePredictor(
                 tile_step_size=step_size,
                 use_mirroring=mirroring,
                 perform_everything_on_device=self.device.type == "cuda",
                 device=self.device,
                 allow_tqdm=False,
             )
+        on_gpu = self.device.type == "cuda"  # nnU-Net loads each fold's weights for each photograph
+        weights = [{k: v.to(self.device) for k, v in fold.items()} if on_gpu else fold for fold in self.model.weights]
         self._nnunet.manual_initialization(
             network.to(self.device),
             self.plans,
             self.configuration,
-            self.model.weights,
+            weights,
             self.model.dataset,
             self.model.trainer,
             self.model.mirror_axes,

@@ -8,11 +8,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, autocast, nn
 
 from nnunetv2_dermomamba.augmentation.trainer_mixin import DeviceAugmentationMixin
+from nnunetv2_dermomamba.cuda_graph import CapturedPass
 from nnunetv2_dermomamba.network import DermoMamba
 from nnunetv2_dermomamba.ops import describe_choice
 
 from .background_plot import BackgroundPlotMixin
-from .cuda_graph import CapturedPass
 from .guide_fusion_loss import GuideFusionLossMixin
 from .interruptible import InterruptibleMixin
 from .optimization import WarmupPolyLRScheduler, build_adamw

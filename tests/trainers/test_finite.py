@@ -13,10 +13,10 @@ from small_training import SmallNetwork, SmallTrainer, make, results
 from torch import nn
 
 from nnunetv2_dermomamba import trainers
+from nnunetv2_dermomamba.cuda_graph import WARM_UP
 from nnunetv2_dermomamba.finite_images import NotFiniteError
 from nnunetv2_dermomamba.network import dermomamba
 from nnunetv2_dermomamba.trainers import interruptible
-from nnunetv2_dermomamba.trainers.cuda_graph import WARM_UP
 from nnunetv2_dermomamba.trainers.finite import RunningStatistics, skipped_at_end
 
 STEPS = 10_000

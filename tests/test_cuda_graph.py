@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_dermomamba.cuda_graph import WARM_UP, CapturedPass
 from nnunetv2_dermomamba.loss import GuideFusionLoss
 from nnunetv2_dermomamba.network import DermoMamba
-from nnunetv2_dermomamba.trainers.cuda_graph import WARM_UP, CapturedPass
 from nnunetv2_dermomamba.trainers.optimization import build_adamw
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Forward pass, loss and backward pass of a training as one CUDA graph: no time goes into launching kernels."""
+"""A pass through a network, of a training with its loss and gradients, as one CUDA graph: nothing launches kernels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ WARM_UP = 3
 class CapturedPass:
     """Calls ``compute`` for the first batches, then captures it and replays the graph for all that follow.
 
-    The graph writes gradients to memory of its own: only ``compute`` may set them to None, and nobody once it is
-    `captured`. Where it cannot be captured, ``compute`` is called as it is, for good.
+    The graph reads parameters where they are, and writes gradients to memory of its own: only ``compute`` may set them
+    to None, and nobody once it is `captured`. Where it cannot be captured, ``compute`` is called as it is, for good.
 
     Args:
-        compute: takes data and target, sets the gradients to None, leaves new ones in the parameters and returns the
-            loss; must not wait for the device. All batches have the shapes and types of the first.
+        compute: takes tensors of a batch, and returns the logits, or of a training the loss; then it sets the gradients
+            to None and leaves new ones in the parameters. Must not wait for the device. All batches have the shapes and
+            types of the first.
         report: called with a line of text if the capture fails.
+        name: what is captured, for that line.
     """
 
-    def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], report: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, compute: Callable[..., Tensor], report: Callable[[str], None] = print, name: str = "training step"
+    ) -> None:
         self.compute = compute
         self.report = report
+        self.name = name
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = False
@@ -38,58 +43,58 @@ class CapturedPass:
         """Whether calls replay the graph."""
         return self.graph is not None
 
-    def __call__(self, data: Tensor, target: Tensor) -> Tensor:
-        """Loss of a batch, detached; the gradients are in the parameters."""
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """What ``compute`` returns for a batch, detached."""
         self.calls += 1
         if self.calls < WARM_UP:
-            return self._on_side_stream(data, target)
+            return self._on_side_stream(batch)
         if self.calls == WARM_UP:
-            return self._rehearse(data, target)
+            return self._rehearse(batch)
         if self.graph is None and not self.failed:
-            self._capture(data, target)
+            self._capture(batch)
         if self.graph is None:
-            return self.compute(data, target).detach()
-        self.data.copy_(data, non_blocking=True)
-        self.target.copy_(target, non_blocking=True)
+            return self.compute(*batch).detach()
+        for own, given in zip(self.batch, batch, strict=True):
+            own.copy_(given, non_blocking=True)
         self.graph.replay()
-        return self.loss.clone()
+        return self.result.clone()
 
     @cached_property
     def _side_stream(self) -> torch.cuda.Stream:
         # one for all, the capture included: of every stream that it is called on cuBLAS keeps some memory
         return torch.cuda.Stream()
 
-    def _on_side_stream(self, data: Tensor, target: Tensor) -> Tensor:
+    def _on_side_stream(self, batch: tuple[Tensor, ...]) -> Tensor:
         # a capture runs on a stream of its own, and wants what it captures to have been warmed up on such a one
         side = self._side_stream
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
-                return self.compute(data, target).detach()
+                return self.compute(*batch).detach()
         finally:
             torch.cuda.current_stream().wait_stream(side)
 
-    def _rehearse(self, data: Tensor, target: Tensor) -> Tensor:
+    def _rehearse(self, batch: tuple[Tensor, ...]) -> Tensor:
         # what waits for the device would break the capture, and PyTorch 2.11 does not get that one's memory back
         try:
             with _refusing_to_wait():
-                return self._on_side_stream(data, target)
+                return self._on_side_stream(batch)
         except RuntimeError as error:
             self._give_up(error)
-        return self.compute(data, target).detach()
+        return self.compute(*batch).detach()
 
-    def _capture(self, data: Tensor, target: Tensor) -> None:
-        self.data, self.target = data.clone(), target.clone()
+    def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        self.batch = [m.clone() for m in batch]
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
             # nnU-Net's thread that pins the next batches in memory goes on meanwhile; "global" would have it fail
             with torch.cuda.graph(graph, pool, self._side_stream, capture_error_mode="thread_local"):
-                self.loss = self.compute(self.data, self.target).detach()
+                self.result = self.compute(*self.batch).detach()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
-            _forget_capture(data.device.index, pool)
-            del self.data, self.target
+            _forget_capture(batch[0].device.index, pool)
+            del self.batch
             self._give_up(error)
         else:
             self.graph = graph
@@ -98,7 +103,7 @@ class CapturedPass:
         self.failed = True
         cause = error.__context__ or error  # the end of a broken capture fails, too
         first_line = str(cause).partition("\n")[0]
-        self.report(f"The training step was not captured as a CUDA graph and runs without one: {first_line}")
+        self.report(f"The {self.name} was not captured as a CUDA graph and runs without one: {first_line}")
 
 
 def _forget_capture(device: int, pool: tuple[int, int]) -> None:
