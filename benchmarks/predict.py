@@ -1,11 +1,13 @@
 """How much `dermomamba predict` adds to the network's own time, and how much memory it takes.
 
-python benchmarks/predict.py MODEL: draws photographs, times the network alone on them and the whole prediction, and
-prints the ratio of the wall-clock times and of the processor times (which say more on a busy machine); then the peak
-resident memory of the command itself, in a process of its own, on these photographs and on four times as many.
+python benchmarks/predict.py MODEL: draws photographs, times the network alone on them (on a GPU by nnU-Net's predictor,
+too) and the whole prediction, and prints the ratio of the wall-clock times and of the processor times (which say more
+on a busy machine); then the peak resident memory of the command itself, in a process of its own, on these photographs
+and on four times as many.
 """
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -15,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from PIL import Image
 
+from nnunetv2_dermomamba.cuda_graph import WARM_UP
 from nnunetv2_dermomamba.predict import Predictor
 from nnunetv2_dermomamba.predict.outputs import Outputs
 from nnunetv2_dermomamba.predict.photos import find_photos
@@ -40,6 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _draw(Path(folder, "photos"), args.count, (args.height, args.width))
         alone, alone_cpu = _network_alone(predictor, Path(folder, "photos"))
+        if predictor.device.type == "cuda":
+            theirs, _ = _network_alone(_by_nnunets_predictor(predictor), Path(folder, "photos"))
+            print(f"network alone by nnU-Net's predictor: {theirs / args.count:.4f} s for each")
         whole, whole_cpu = _least(lambda: _whole(predictor, Path(folder), args.everything))
         print(f"{args.width} x {args.height}, {args.count} photographs, {predictor.device}")
         print(f"network alone: {alone / args.count:.4f} s for each, {alone_cpu / args.count:.4f} s of processor time")
@@ -73,10 +80,19 @@ def _least(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def _network_alone(predictor: Predictor, folder: Path) -> tuple[float, float]:
-    """Wall-clock and processor seconds for all photographs; the first one warms up."""
+    """Wall-clock and processor seconds for all photographs; the first one warms up, until a CUDA graph is captured."""
     prepared = [predictor.read(file) for file in sorted(folder.iterdir())]
-    predictor.network(prepared[0])
+    for _ in range(WARM_UP + 1 if predictor.device.type == "cuda" else 1):
+        predictor.network(prepared[0])
     return _least(lambda: [predictor.network(photograph) for photograph in prepared])
+
+
+def _by_nnunets_predictor(predictor: Predictor) -> Predictor:
+    """The same predictor, but for nnU-Net's own way through the mirror images."""
+    theirs = copy.copy(predictor)
+    theirs._nnunet = copy.copy(predictor._nnunet)
+    theirs._nnunet.__class__ = nnUNetPredictor
+    return theirs
 
 
 def _whole(predictor: Predictor, folder: Path, everything: bool) -> None:
