@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .attention import CBAM, PCA
 from .convolution import ConvIn
+from .replay import Replays, can_replay
 from .stages import DecoderStage, EncoderStage
 from .sweep_mamba import SweepMamba
 
@@ -22,7 +23,8 @@ class DermoMamba(nn.Module):
     """Cross-scale Mamba encoder, Sweep-Mamba bottleneck, CBAM-filtered skips, convolutional decoder.
 
     Built for one patch size, since Sweep-Mamba scans along the map's height and width. A patch whose sides are no
-    multiples of 32 is padded with zeros at the bottom and on the right, and the logits are cropped.
+    multiples of 32 is padded with zeros at the bottom and on the right, and the logits are cropped. In inference
+    mode on a GPU the fourth call with a shape captures a CUDA graph, which later ones replay (``replay.Replays``).
 
     Args:
         input_channels: colour channels.
@@ -53,6 +55,7 @@ class DermoMamba(nn.Module):
         self.sweep_mamba = SweepMamba(deepest, height, width)
         self.decoder = nn.ModuleList(DecoderStage(2 * dim) for dim in WIDTHS)  # shallowest first, like the encoder
         self.conv_out = nn.Conv2d(WIDTHS[0], num_classes, 1)
+        self._replays = Replays()
 
     def train(self, mode: bool = True) -> DermoMamba:
         """As ``nn.Module.train``; for inference on a CPU the weights are laid out as its convolutions read them.
@@ -75,6 +78,10 @@ class DermoMamba(nn.Module):
                 f"this DermoMamba was built for inputs of {height} x {width}, not {tuple(x.shape[2:])}: "
                 "build it with that patch_size"
             )
+        return self._replays(self, self._forward, x) if can_replay(self, x) else self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        height, width = self.patch_size
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions and scans read it so
         x = self.conv_in(F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE)))
         skips = []

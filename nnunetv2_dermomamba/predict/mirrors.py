@@ -1,11 +1,7 @@
-"""nnU-Net's predictor for a GPU: a patch and its mirror images are one batch, and the network is a CUDA graph.
-
-Eager, this network is hundreds of short kernels: a GPU waits for them most of the time.
-"""
+"""nnU-Net's predictor for a GPU: a patch and its mirror images are one batch."""
 
 from __future__ import annotations
 
-import sys
 from itertools import combinations
 from typing import Any
 
@@ -13,15 +9,12 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from nnunetv2_dermomamba.cuda_graph import CapturedPass
-
 
 class MirrorsAtOncePredictor(nnUNetPredictor):
     """As nnU-Net's, with its results but for rounding; on other devices than CUDA it is nnU-Net's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._passes: dict[torch.Size, CapturedPass] = {}
         self._fits = True
 
     @torch.inference_mode()
@@ -31,25 +24,12 @@ class MirrorsAtOncePredictor(nnUNetPredictor):
                 return self._at_once(x)
             except torch.OutOfMemoryError:
                 self._fits = False
-                self._passes.clear()
                 torch.cuda.empty_cache()
         return super()._internal_maybe_mirror_and_predict(x)  # type: ignore[no-any-return]
 
     def _at_once(self, x: Tensor) -> Tensor:
         axes = [axis + 2 for axis in self.allowed_mirroring_axes or ()] if self.use_mirroring else []
         flips = [chosen for count in range(len(axes) + 1) for chosen in combinations(axes, count)]
-        batch = torch.cat([x.flip(chosen) for chosen in flips])
-        if batch.shape not in self._passes:
-            self._passes[batch.shape] = CapturedPass(self._logits, _report, "network")
-        mirrored = self._passes[batch.shape](batch).split(len(x))
+        mirrored = self.network(torch.cat([x.flip(chosen) for chosen in flips])).split(len(x))
         total = sum(logits.flip(chosen) for logits, chosen in zip(mirrored, flips, strict=True))
         return total / len(flips)  # type: ignore[return-value]
-
-    def _logits(self, batch: Tensor) -> Tensor:
-        # autocast would keep its copies of the weights, and a graph that read them would not see the next fold's
-        with torch.autocast("cuda", cache_enabled=False):
-            return self.network(batch)  # type: ignore[no-any-return]
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr)
