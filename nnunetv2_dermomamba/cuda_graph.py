@@ -26,14 +26,21 @@ class CapturedPass:
             types of the first.
         report: called with a line of text if the capture fails.
         name: what is captured, for that line.
+        rehearses: whether the call before the capture raises if ``compute`` waits for the device. So does every thread
+            meanwhile, but of a capture that broke something stays behind.
     """
 
     def __init__(
-        self, compute: Callable[..., Tensor], report: Callable[[str], None] = print, name: str = "training step"
+        self,
+        compute: Callable[..., Tensor],
+        report: Callable[[str], None] = print,
+        name: str = "training step",
+        rehearses: bool = True,
     ) -> None:
         self.compute = compute
         self.report = report
         self.name = name
+        self.rehearses = rehearses
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = False
@@ -46,10 +53,8 @@ class CapturedPass:
     def __call__(self, *batch: Tensor) -> Tensor:
         """What ``compute`` returns for a batch, detached."""
         self.calls += 1
-        if self.calls < WARM_UP:
-            return self._on_side_stream(batch)
-        if self.calls == WARM_UP:
-            return self._rehearse(batch)
+        if self.calls <= WARM_UP:
+            return self._rehearse(batch) if self.rehearses and self.calls == WARM_UP else self._on_side_stream(batch)
         if self.graph is None and not self.failed:
             self._capture(batch)
         if self.graph is None:

@@ -43,14 +43,16 @@ class Replays:
         addresses = [m.data_ptr() for m in chain(module.parameters(), module.buffers())]
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         kind = x.shape, x.dtype, autocast, torch.cuda.current_stream(x.device)
-        with self._lock:
+        with self._lock, torch.cuda.device(x.device):
             if addresses != self._addresses:
                 self._passes.clear()
                 self._addresses = addresses
             if kind not in self._passes:
                 if len(self._passes) == MOST:
                     del self._passes[next(iter(self._passes))]
-                self._passes[kind] = CapturedPass(_without_cached_casts(forward, *autocast), _report, "network")
+                # nnU-Net's predictor has a thread that waits for the GPU
+                call = _without_cached_casts(forward, *autocast)
+                self._passes[kind] = CapturedPass(call, _report, "network", rehearses=False)
             return self._passes[kind](x)
 
 

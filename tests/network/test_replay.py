@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -83,6 +84,28 @@ def test_weights_loaded_in_place_are_read_and_moved_ones_captured_again() -> Non
     assert relative_error(replayed(network, x), plain(network, x)) < TOLERANCE
     network.load_state_dict(build(3, "cuda").state_dict(), assign=True)
     assert relative_error(replayed(network, x), plain(network, x)) < TOLERANCE
+
+
+@pytest.mark.gpu
+def test_other_threads_may_wait_for_the_gpu_meanwhile() -> None:
+    """As nnU-Net's predictor does to bring patches there."""
+    network, x = build(0, "cuda"), torch.randn(1, 3, *PATCH, device="cuda")
+    done, values = threading.Event(), []
+
+    def wait() -> None:
+        while not done.is_set():
+            values.append(torch.ones(1).cuda().item())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    for _ in range(WARM_UP + 2):
+        replayed(network, x)
+    done.set()
+    thread.join()
+    assert captured(network) == [True]
+    count = len(values)
+    assert count > WARM_UP  # it went on to the end
+    assert values == [1.0] * count
 
 
 @pytest.mark.gpu
