@@ -1,9 +1,10 @@
 """Time inference against nnU-Net's U-Net: ``python benchmarks/inference.py [--device cuda]``.
 
 First a correctness gate: the network's output on the device at hand equals the CPU's with the portable PyTorch scan.
-Then medians of forward passes at 3 x 192 x 256, each network at its best: eager, or compiled as a CUDA graph, with
-independent kernels combined or not, with weights as constants ("frozen") or not.
-On the CPU eager, both networks in turn, and the peak memory of DermoMamba's inference over the idle process.
+Then medians of forward passes at 3 x 192 x 256, each network at its best: as it is (DermoMamba then replays a CUDA
+graph of its own), or compiled as a CUDA graph, with independent kernels combined or not, with weights as constants
+("frozen") or not. On the CPU as they are, both networks in turn, and the peak memory of DermoMamba's inference over
+the idle process.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ GRAPH = {"triton.cudagraphs": True}
 COMBINED = {"combo_kernels": True}  # independent small kernels as one
 FROZEN = {"freezing": True}  # weights are constants, and so is what follows from them alone
 WAYS: dict[str, dict[str, bool] | None] = {
-    "eager": None,
+    "as it is": None,
     "graph": GRAPH,
     "combined": GRAPH | COMBINED,
     "frozen": GRAPH | FROZEN,
@@ -70,7 +71,7 @@ WAYS: dict[str, dict[str, bool] | None] = {
 
 
 def prepared(network: nn.Module, data: Tensor, settings: dict[str, bool] | None) -> Callable[[], Tensor]:
-    """A call of the network, compiled with ``settings``; its output must be the eager network's."""
+    """A call of the network, compiled with ``settings``; its output must be the plain network's."""
     if settings is None:
         return forward(network, data)
     torch.compiler.reset()
@@ -78,8 +79,8 @@ def prepared(network: nn.Module, data: Tensor, settings: dict[str, bool] | None)
     with torch._inductor.config.patch(settings):  # torch.compile's own options come too late for freezing
         for _ in range(3):  # the second records the graph that the third replays
             result = call().float()
-    eager = forward(network, data)().float()
-    if not (result - eager).norm() < COMPILED_GATE * eager.norm():
+    plain = forward(network, data)().float()
+    if not (result - plain).norm() < COMPILED_GATE * plain.norm():
         raise SystemExit(f"compiled with {settings} the output is wrong: nothing is timed")
     return call
 

@@ -1,17 +1,27 @@
-"""A pass through a network, of a training with its loss and gradients, as one CUDA graph: nothing launches kernels."""
+"""A pass through a network, in training with loss and gradients, as one CUDA graph: no kernel is launched by itself."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3
 """Calls before the capture: compilation, cuDNN's choice of algorithms and Triton's kernels must be behind it."""
+
+
+_CAPTURING = threading.Lock()  # PyTorch does one capture at a time
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all warm-up calls and captures: of every stream that it is called on cuBLAS keeps some memory."""
+    return torch.cuda.Stream(device)
 
 
 class CapturedPass:
@@ -21,13 +31,13 @@ class CapturedPass:
     to None, and nobody once it is `captured`. Where it cannot be captured, ``compute`` is called as it is, for good.
 
     Args:
-        compute: takes tensors of a batch, and returns the logits, or of a training the loss; then it sets the gradients
-            to None and leaves new ones in the parameters. Must not wait for the device. All batches have the shapes and
-            types of the first.
+        compute: takes the tensors of a batch and returns one: the logits, or in training the loss, after it has set the
+            gradients to None and left new ones in the parameters. Must not wait for the device. All batches have the
+            shapes and types of the first.
         report: called with a line of text if the capture fails.
         name: what is captured, for that line.
-        rehearses: whether the call before the capture raises if ``compute`` waits for the device. So does every thread
-            meanwhile, but of a capture that broke something stays behind.
+        rehearses: whether to find out before the capture if ``compute`` waits for the device, which would break it and
+            leave memory behind. During that call no other thread may wait for the device either: PyTorch raises there.
     """
 
     def __init__(
@@ -64,14 +74,9 @@ class CapturedPass:
         self.graph.replay()
         return self.result.clone()
 
-    @cached_property
-    def _side_stream(self) -> torch.cuda.Stream:
-        # one for all, the capture included: of every stream that it is called on cuBLAS keeps some memory
-        return torch.cuda.Stream()
-
     def _on_side_stream(self, batch: tuple[Tensor, ...]) -> Tensor:
         # a capture runs on a stream of its own, and wants what it captures to have been warmed up on such a one
-        side = self._side_stream
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
@@ -91,10 +96,10 @@ class CapturedPass:
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
         self.batch = [m.clone() for m in batch]
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        stream = torch.cuda.current_stream()
+        stream, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         try:
-            # nnU-Net's thread that pins the next batches in memory goes on meanwhile; "global" would have it fail
-            with torch.cuda.graph(graph, pool, self._side_stream, capture_error_mode="thread_local"):
+            # nnU-Net's threads that pin the next batches or bring patches to the GPU go on; "global" has them fail
+            with _CAPTURING, torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
                 self.result = self.compute(*self.batch).detach()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_dermomamba.ops import fuse_skip
 from nnunetv2_dermomamba.ops.backends import own_cuda_kernels, own_gpu_kernels
 from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
@@ -51,10 +52,10 @@ class CBAM(nn.Module):
         self.spatial_norm = nn.BatchNorm2d(1, momentum=0.01)
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Tensors whose product is the result: on a GPU ``x`` and both gates, so that no product need be written.
+        """Tensors whose product is the result: training on a GPU ``x`` and both gates, so that no product need be kept.
 
-        The spatial gate comes first there, or a compiler would find the product with the other one and keep that. On a
-        CPU that product is a factor: it has been computed.
+        So they are where ``fuse_skip`` takes them. The spatial gate comes first, or a compiler would find the product
+        with the other one and keep that. Elsewhere that product is a factor: it has been computed.
         """
         if numba_infers(x) and x.shape[1] % 8 == 0:
             return self._factors_on_cpu(x)
@@ -64,7 +65,9 @@ class CBAM(nn.Module):
         channel_gate = torch.sigmoid(mlp(pooled).sum(0))[:, :, None, None]
         gated = x * channel_gate
         spatial_gate = self._spatial_gate(*_maximum_and_mean(gated, channels=True))
-        return (gated, spatial_gate) if x.device.type == "cpu" else (x, spatial_gate, channel_gate)
+        factors = x, spatial_gate, channel_gate
+        keeps_less = torch.is_grad_enabled() and x.device.type != "cpu"
+        return factors if keeps_less or fuse_skip.serves(*factors) else (gated, spatial_gate)
 
     def _mlp_of_few(self, pooled: Tensor) -> Tensor:
         """``channel_mlp`` as sums, a kernel each when compiled; a library's products of few rows take longer."""

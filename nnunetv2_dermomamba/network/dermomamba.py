@@ -24,7 +24,8 @@ class DermoMamba(nn.Module):
 
     Built for one patch size, since Sweep-Mamba scans along the map's height and width. A patch whose sides are no
     multiples of 32 is padded with zeros at the bottom and on the right, and the logits are cropped. In inference
-    mode on a GPU the fourth call with a shape captures a CUDA graph, which later ones replay (``replay.Replays``).
+    mode on a GPU the fourth call with a shape captures a CUDA graph, which later ones replay (``replay.Replays``),
+    unless ``cuda_graph`` is set to False.
 
     Args:
         input_channels: colour channels.
@@ -37,6 +38,8 @@ class DermoMamba(nn.Module):
     Raises:
         ValueError: the patch size is not two positive numbers, or an input is of another size.
     """
+
+    cuda_graph = True  # in inference
 
     def __init__(self, input_channels: int, num_classes: int, patch_size: Sequence[int]) -> None:
         super().__init__()
@@ -78,7 +81,8 @@ class DermoMamba(nn.Module):
                 f"this DermoMamba was built for inputs of {height} x {width}, not {tuple(x.shape[2:])}: "
                 "build it with that patch_size"
             )
-        return self._replays(self, self._forward, x) if can_replay(self, x) else self._forward(x)
+        replays = self.cuda_graph and can_replay(x)
+        return self._replays(self, self._forward, x) if replays else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         height, width = self.patch_size

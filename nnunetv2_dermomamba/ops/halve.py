@@ -34,13 +34,13 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.maximum(top, bottom), first
 
 
-@torch.library.custom_op("dermomamba::keep", mutates_args=())
-def _keep(x: Tensor) -> Tensor:
-    """A copy, which a compiler keeps for the backward pass; what it can compute again it does compute again."""
+@torch.library.custom_op("dermomamba::written", mutates_args=())
+def _written(x: Tensor) -> Tensor:
+    """A copy: a compiler computes what an operator takes once and writes it, instead of once for every reader."""
     return x.clone()
 
 
-@_keep.register_fake
+@_written.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -48,14 +48,14 @@ def _(x: Tensor) -> Tensor:
 class _Halve(torch.autograd.Function):
     """``_pairs``' maxima; PyTorch's gradient of them would be made in two passes, with zeros in between.
 
-    Which pixel was first is kept: computed again, the gradient's kernel takes four reads and as many comparisons for
-    every pixel, two and a half times as long.
+    Compiled, which pixel was first is written before the gradient's kernel reads it: with four reads and comparisons
+    more for every pixel that takes nearly twice as long, and its blocks become so large that it takes five times.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
         value, first = _pairs(x)
-        ctx.save_for_backward(_keep(first) if torch.compiler.is_compiling() else first)
+        ctx.save_for_backward(_written(first) if torch.compiler.is_compiling() else first)
         return value
 
     @staticmethod

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .backends import LOADED, choose_backend, own_cuda_kernels
+from .backends import LOADED, choose_backend, own_cuda_kernels, own_gpu_kernels
 from .depthwise_silu import depthwise_silu_by_taps
 from .norm_linear import norm_linear_by_kernel
 
@@ -61,7 +61,10 @@ def _layer(
     return norm_linear_by_kernel(y, gate, scale, shift, eps, matrix, x.dtype, len(y))
 
 
-@torch.library.custom_op("dermomamba::ss2d_side_by_side", mutates_args=())
+# PyTorch 2.6 does not know what list[Tensor] is
+@torch.library.custom_op(
+    "dermomamba::ss2d_side_by_side", mutates_args=(), schema="(Tensor[] operands, float[] eps) -> Tensor[]"
+)
 def _forward(operands: Sequence[Tensor], eps: Sequence[float]) -> list[Tensor]:
     layers = [operands[n * OPERANDS : (n + 1) * OPERANDS] for n in range(len(eps))]
     return _at_once([lambda n=n: _layer(*layers[n], eps=eps[n]) for n in range(len(eps))], operands[0])  # type: ignore[misc]
@@ -78,7 +81,7 @@ def serves(x: Tensor, channels: Sequence[int]) -> bool:
     kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if not x.is_cuda or torch.is_grad_enabled() or not x.numel():
         return False
-    return all(c % 4 == 0 and c <= 128 for c in channels) and own_cuda_kernels(kind)
+    return all(c % 4 == 0 and c <= 128 for c in channels) and own_cuda_kernels(kind) and own_gpu_kernels(kind)
 
 
 def ss2d_side_by_side(operands: Sequence[Tensor], eps: Sequence[float]) -> list[Tensor]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
 import threading
+import weakref
 
 import pytest
 import torch
 from tolerances import relative_error
 
 from nnunetv2_dermomamba.cuda_graph import WARM_UP
-from nnunetv2_dermomamba.network import DermoMamba
-from nnunetv2_dermomamba.network.replay import MOST, Replays, can_replay
+from nnunetv2_dermomamba.network import DermoMamba, replay
+from nnunetv2_dermomamba.network.replay import MOST, Replays, _tensors_of, can_replay
 
 PATCH = (64, 96)
 TOLERANCE = 1e-3  # float16; the same kernels, but cuDNN may choose
@@ -41,7 +44,7 @@ def captured(network: DermoMamba) -> list[bool]:
 def test_nothing_is_captured_without_a_gpu() -> None:
     network, x = build(0), torch.randn(1, 3, *PATCH)
     with torch.inference_mode():
-        assert not can_replay(network, x)
+        assert not can_replay(x)
         for _ in range(WARM_UP + 2):
             network(x)
     assert captured(network) == []
@@ -56,6 +59,47 @@ def test_copies_start_without_graphs() -> None:
     file = io.BytesIO()
     torch.save(network, file)
     assert "_replays" not in "".join(network.state_dict())
+
+
+def test_a_module_in_training_or_with_hooks_has_no_graph_and_moved_weights_are_seen() -> None:
+    network = build(0)
+    tensors = _tensors_of(network)
+    assert tensors == _tensors_of(network)
+    network.load_state_dict(build(1).state_dict())
+    assert _tensors_of(network) == tensors
+    weight = network.conv_out.weight
+    weight.data = weight.detach().clone()
+    assert _tensors_of(network) != tensors
+    network.encoder[0].norm.train()
+    assert _tensors_of(network) is None
+    network.eval()
+    handle = network.decoder[0].register_forward_hook(lambda *_: None)
+    assert _tensors_of(network) is None
+    handle.remove()
+    assert _tensors_of(network) is not None
+
+
+def test_a_network_is_freed_with_its_last_user(monkeypatch) -> None:
+    class Holding:
+        def __init__(self, compute, *_, **__) -> None:
+            self.compute = compute
+
+        def __call__(self, x):
+            return self.compute(x)
+
+    monkeypatch.setattr(replay, "CapturedPass", Holding)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    network, x = build(0), torch.randn(1, 3, *PATCH)
+    with torch.no_grad():
+        assert torch.equal(network._replays(network, network._forward, x), network(x))
+    gone = weakref.ref(network)
+    gc.disable()
+    try:
+        del network
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
@@ -96,7 +140,7 @@ def test_other_threads_may_wait_for_the_gpu_meanwhile() -> None:
         while not done.is_set():
             values.append(torch.ones(1).cuda().item())
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     for _ in range(WARM_UP + 2):
         replayed(network, x)
@@ -116,5 +160,7 @@ def test_few_graphs_are_kept_and_training_has_none() -> None:
             replayed(network, torch.randn(batch, 3, *PATCH, device="cuda"))
     assert captured(network) == [True] * MOST
     network.train()
-    with torch.inference_mode():
-        assert not can_replay(network, torch.randn(1, 3, *PATCH, device="cuda"))
+    replayed(network, torch.randn(MOST + 3, 3, *PATCH, device="cuda"))
+    network.eval().cuda_graph = False
+    replayed(network, torch.randn(MOST + 4, 3, *PATCH, device="cuda"))
+    assert captured(network) == [True] * MOST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from triton_interpreter import interpreted_without_gpu
 pytest.importorskip("triton")
 
 from nnunetv2_dermomamba.network import stages
+from nnunetv2_dermomamba.ops import fuse_skip as fuse_skip_module
 from nnunetv2_dermomamba.ops import triton_fuse_skip
 from nnunetv2_dermomamba.ops.fuse_skip import fuse_skip, serves
 
@@ -22,6 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(2, 32, 6, 38), (1, 64, 2, 70), (3, 128, 12, 4)]
 KINDS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 """Triton's interpreter multiplies bfloat16's bit patterns."""
+F16 = torch.float16
 NAMES = ("x", "spatial_gate", "channel_gate", "weight", "low", "bias")
 
 
@@ -86,13 +89,25 @@ def test_the_decoder_gives_the_same(monkeypatch):
     assert relative_error(y, other(low, x, *gates)) < 1e-5
 
 
-def test_what_it_serves():
-    x, *gates, _, _, _ = inputs(2, 32, 8, 12, torch.float16)
-    assert serves(x, *gates) == x.is_cuda
-    assert not serves(x, *reversed(gates))
-    assert not serves(x, gates[0])
-    assert not serves(x.float(), *gates)
-    assert not serves(x[:, :24], gates[0], gates[1][:, :24])
+def test_what_it_serves(monkeypatch):
+    monkeypatch.setattr(fuse_skip_module, "own_gpu_kernels", lambda _: True)
+
+    def skip(channels=32, kind=torch.float16, is_cuda=True):
+        return SimpleNamespace(is_cuda=is_cuda, dtype=kind, shape=(2, channels, 8, 12), numel=lambda: 1)
+
+    gates = torch.zeros(2, 1, 8, 12), torch.zeros(2, 32, 1, 1)
+    assert serves(skip(), *gates)
+    assert not serves(skip(is_cuda=False), *gates)
+    assert not serves(skip(kind=torch.float32), *gates)
+    assert not serves(skip(24), gates[0], gates[1][:, :24])
+    assert not serves(skip(), *reversed(gates))
+    assert not serves(skip(), gates[0])
+
+
+def test_is_a_proper_operator():
+    torch.library.opcheck(
+        torch.ops.dermomamba.fuse_skip.default, [m.requires_grad_() for m in inputs(1, 32, 4, 6, F16)]
+    )
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,13 +37,21 @@ def test_each_gives_what_it_gives_alone(monkeypatch, emulate):
             assert relative_error(y, layer(x)) < FORWARD[torch.float32]
 
 
-def test_serves_inference_on_a_gpu_of_what_the_kernels_take():
-    x = torch.zeros(1, 2, 2, 4, device="cuda" if torch.cuda.is_available() else "cpu")
+def test_serves_inference_on_a_gpu_of_what_the_kernels_take(monkeypatch):
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float16, numel=lambda: 16)
+    for name in ("own_cuda_kernels", "own_gpu_kernels"):
+        monkeypatch.setattr(side_by_side, name, lambda _: True)
     with torch.inference_mode():
-        assert side_by_side.serves(x, [8, 12]) == x.is_cuda
+        assert side_by_side.serves(x, [8, 12])
         assert not side_by_side.serves(x, [8, 14])
         assert not side_by_side.serves(x, [8, 132])
+        assert not side_by_side.serves(torch.zeros(1, 2, 2, 4), [8, 12])
     assert not side_by_side.serves(x, [8, 12])
+    with torch.inference_mode():
+        for name in ("own_cuda_kernels", "own_gpu_kernels"):  # a layer needs both
+            with monkeypatch.context() as patch:
+                patch.setattr(side_by_side, name, lambda _: False)
+                assert not side_by_side.serves(x, [8, 12])
 
 
 @pytest.mark.gpu
