@@ -14,7 +14,6 @@ from torch import Tensor
 WARM_UP = 3
 """Calls before the capture: compilation, cuDNN's choice of algorithms and Triton's kernels must be behind it."""
 
-
 _CAPTURING = threading.Lock()  # PyTorch does one capture at a time
 
 

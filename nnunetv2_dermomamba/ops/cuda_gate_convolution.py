@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,27 +68,15 @@ def gate_forward(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def gate_inference(
-    maximum: Tensor,
-    mean: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    center: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> Tensor:
+def gate_inference(maximum: Tensor, mean: Tensor, weight: Tensor, norm: Sequence[Tensor], eps: float) -> Tensor:
     """The gate: sigmoid of ``gate_forward`` of both maps, normalised by given statistics.
 
     Args:
         maximum: (B, H, W), float16, bfloat16 or float32.
         mean: as maximum.
         weight: (1, 2, 7, 7), float32.
-        scale: BatchNorm's weight, (1,), float32.
-        offset: its bias.
-        center: its running mean.
-        variance: its running variance.
-        eps: its.
+        norm: BatchNorm's weight, bias, running mean and running variance, (1,), float32.
+        eps: BatchNorm's.
 
     Returns:
         (B, 1, H, W) of ``maximum``'s type, contiguous.
@@ -95,8 +84,8 @@ def gate_inference(
     y = maximum.new_empty(maximum.shape[0], 1, *maximum.shape[1:])
     plan = Plan(y)
     with torch.cuda.device_of(y):
-        maps, norm = (aligned(maximum), aligned(mean)), (scale, offset, center, variance, ctypes.c_float(eps))
-        arguments = *maps, weight.contiguous(), *norm, y, plan.sizes
+        maps = aligned(maximum), aligned(mean)
+        arguments = *maps, weight.contiguous(), *norm, ctypes.c_float(eps), y, plan.sizes
         launch(FILES, plan.definitions, "gate_inference", plan.tiles, THREADS, plan.shared[0], *arguments)
     return y
 

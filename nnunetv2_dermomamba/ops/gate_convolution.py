@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -31,31 +32,13 @@ def gate_convolution(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dermomamba::spatial_gate", mutates_args=())
-def _inference(
-    maximum: Tensor,
-    mean: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    center: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> Tensor:
+def _inference(maximum: Tensor, mean: Tensor, weight: Tensor, norm: Sequence[Tensor], eps: float) -> Tensor:
     kernel = import_module(".cuda_gate_convolution", __package__)  # needs CUDA
-    return kernel.gate_inference(maximum, mean, weight, scale, offset, center, variance, eps)  # type: ignore[no-any-return]
+    return kernel.gate_inference(maximum, mean, weight, norm, eps)  # type: ignore[no-any-return]
 
 
 @_inference.register_fake
-def _(
-    maximum: Tensor,
-    mean: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    center: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> Tensor:
+def _(maximum: Tensor, mean: Tensor, weight: Tensor, norm: Sequence[Tensor], eps: float) -> Tensor:
     return maximum.new_empty(maximum.shape[0], 1, *maximum.shape[1:])
 
 
@@ -73,7 +56,6 @@ def spatial_gate(maximum: Tensor, mean: Tensor, weight: Tensor, norm: nn.BatchNo
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    return _inference(  # type: ignore[no-any-return]
-        as_autocast(maximum), as_autocast(mean), weight.float(), *(m.float() for m in statistics), norm.eps
-    )
+    numbers = [m.float() for m in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+    maps = as_autocast(maximum), as_autocast(mean)
+    return _inference(*maps, weight.float(), numbers, norm.eps)  # type: ignore[no-any-return]

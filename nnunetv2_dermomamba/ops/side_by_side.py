@@ -29,13 +29,14 @@ def _at_once(calls: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Tensor
     with torch.cuda.device_of(like):
         main = torch.cuda.current_stream()
         before = main.record_event()
+        streams = _streams(like.get_device(), main.cuda_stream, len(calls) - 1)
         others = []
-        for stream, call in zip(_streams(like.get_device(), main.cuda_stream, len(calls) - 1), calls[1:], strict=True):
+        for stream, call in zip(streams, calls[1:], strict=True):
             stream.wait_event(before)
             with torch.cuda.stream(stream):
                 others.append(call())
         results = [calls[0](), *others]
-        for stream, result in zip(_streams(like.get_device(), main.cuda_stream, len(others)), others, strict=True):
+        for stream, result in zip(streams, others, strict=True):
             main.wait_stream(stream)
             result.record_stream(main)  # its memory is the other stream's
         return results

@@ -120,7 +120,7 @@ def test_weights_of_half_precision_have_gradients_of_it():
 
 def test_the_whole_gate_is_a_proper_operator():
     maps, numbers = (draw(2, 9, 7), draw(2, 9, 7)), [torch.ones(1, device=DEVICE) for _ in range(4)]
-    torch.library.opcheck(torch.ops.dermomamba.spatial_gate.default, (*maps, weight_of(), *numbers, 1e-5))
+    torch.library.opcheck(torch.ops.dermomamba.spatial_gate.default, (*maps, weight_of(), numbers, 1e-5))
 
 
 @pytest.mark.gpu
