@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import fuse_skip
 from nnunetv2_dermomamba.ops.backends import own_cuda_kernels, own_gpu_kernels
-from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
 from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution, spatial_gate
 from nnunetv2_dermomamba.ops.library import as_autocast
 from nnunetv2_dermomamba.ops.maximum import maximum
+from nnunetv2_dermomamba.ops.numba_serves import numba_infers
 
 FEW_MAPS = 4  # an image and its mirror images
 

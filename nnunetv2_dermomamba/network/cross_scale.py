@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops.axial_depthwise import axial_depthwise
-from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d
 from nnunetv2_dermomamba.ops.fused_depthwise import kernels_serve
 from nnunetv2_dermomamba.ops.normalise import batch_norm_of_running
+from nnunetv2_dermomamba.ops.numba_serves import numba_infers
 
 from .ss2d import VSSBlock
 
@@ -53,23 +53,24 @@ class CrossScaleMambaBlock(nn.Module):
         self.vss = VSSBlock(dim // 4)
         self.norm = nn.BatchNorm2d(dim)
 
-    def _branches(self, x: Tensor) -> Tensor:
-        """The three branches as one batch, channels last."""
-        chunks = x.chunk(4, dim=1)[:3]
+    def _branches(self, x: Tensor, chunks: list[Tensor]) -> Tensor:
+        """Of x (B, H, W, dim), whose first three chunks these are, the three branches as one batch."""
         convolutions = [[branch.conv_w, branch.conv_h, branch.conv] for branch in self.branches]
-        if kernels_serve(x, chunks[0].shape[1]):
-            return axial_depthwise(x.permute(0, 2, 3, 1)[..., : 3 * chunks[0].shape[1]], convolutions)
+        if kernels_serve(x, chunks[0].shape[3]):
+            return axial_depthwise(x[..., : 3 * chunks[0].shape[3]], convolutions)
+        maps = [chunk.permute(0, 3, 1, 2) for chunk in chunks]
         if numba_infers(x):
             from nnunetv2_dermomamba.ops import cpu_depthwise  # Numba need not be there otherwise
 
-            return cpu_depthwise.axial_depthwise(chunks, convolutions).permute(0, 2, 3, 1)
-        y = torch.cat([branch(chunk) for branch, chunk in zip(self.branches, chunks, strict=True)])
+            return cpu_depthwise.axial_depthwise(maps, convolutions).permute(0, 2, 3, 1)
+        y = torch.cat([branch(m) for branch, m in zip(self.branches, maps, strict=True)])
         return y.permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         # channels last throughout, so that gradients are, too, and are written once
-        rest = x.permute(0, 2, 3, 1).chunk(4, dim=3)[3]
-        y = _side_by_side([*self.vss(self._branches(x)).chunk(3), rest]).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        *chunks, rest = x.chunk(4, dim=3)
+        y = _side_by_side([*self.vss(self._branches(x, chunks)).chunk(3), rest]).permute(0, 3, 1, 2)
         return F.relu(batch_norm_of_running(y, self.norm), inplace=True)
 
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import fuse_skip
-from nnunetv2_dermomamba.ops.cpu_inference import numba_infers
 from nnunetv2_dermomamba.ops.halve import halve
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 from nnunetv2_dermomamba.ops.normalise import batch_norm, batch_norm_of_running
+from nnunetv2_dermomamba.ops.numba_serves import numba_infers
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 from .attention import multiplied

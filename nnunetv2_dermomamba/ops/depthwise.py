@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .backends import choose_backend, own_gpu_kernels
-from .cpu_inference import numba_infers
 from .library import as_autocast, no_double_backward
+from .numba_serves import numba_infers
 
 
 @torch.library.custom_op("dermomamba::depthwise", mutates_args=())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import normalise
-from .cpu_inference import numba_infers
+from .numba_serves import numba_infers
 
 
 def instance_norm_leaky_add(x: Tensor, norm: nn.InstanceNorm2d, slope: float, other: Tensor, factor: Tensor) -> Tensor:

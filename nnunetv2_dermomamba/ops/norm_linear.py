@@ -1,7 +1,7 @@
 """LayerNorm, gate and linear map of few channels as one pass: PyTorch's own, or a kernel where one serves.
 
 PyTorch's LayerNorm spends most of its time between rows where they have 4 or 8 channels, as in the first stages. On a
-GPU a CUDA kernel serves those few channels and a Triton kernel the others, on a CPU a Numba kernel inference.
+GPU a CUDA kernel serves those few channels and a Triton kernel the others, on a CPU a Numba kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import choose_backend, own_gpu_kernels
-from .cpu_inference import numba_infers
 from .library import no_double_backward
+from .numba_serves import numba_serves
 
 WIDEST_IN, WIDEST_OUT = 128, 256
 """Channels c and m that a program of the Triton kernels can hold."""
@@ -118,8 +118,8 @@ def norm_linear(
     if _triton_serves(x, linear.weight):
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         return norm_linear_by_kernel(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind, maps)
-    if numba_infers(x):
-        from .cpu_rows import norm_linear_cpu  # Numba need not be there for PyTorch's own
+    if _numba_serves(x, linear.weight):
+        from .cpu_norm_linear import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
         return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, gate, 1)[0]
     x = norm(x)
@@ -127,7 +127,7 @@ def norm_linear(
 
 
 def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, ...]:
-    """The two halves of ``linear(norm(x))``; in inference on a CPU each lies in memory by itself.
+    """The two halves of ``linear(norm(x))``; on a CPU each lies in memory by itself, and so do their gradients.
 
     Args:
         x: (..., c).
@@ -137,11 +137,15 @@ def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tupl
     Returns:
         Two of (..., m).
     """
-    if numba_infers(x):
-        from .cpu_rows import norm_linear_cpu
+    if _numba_serves(x, linear.weight):
+        from .cpu_norm_linear import norm_linear_cpu
 
-        return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, None, 2).unbind()
+        return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, None, 2)
     return norm_linear(x, norm, linear).chunk(2, dim=-1)
+
+
+def _numba_serves(x: Tensor, matrix: Tensor) -> bool:
+    return numba_serves(x) and matrix.dtype == x.dtype
 
 
 def _triton_serves(x: Tensor, matrix: Tensor) -> bool:
