@@ -14,7 +14,7 @@ from nnunetv2_dermomamba.ops.depthwise import DepthwiseConv2d, depthwise
 from nnunetv2_dermomamba.ops.gate_convolution import gate_convolution, spatial_gate
 from nnunetv2_dermomamba.ops.library import as_autocast
 from nnunetv2_dermomamba.ops.maximum import maximum
-from nnunetv2_dermomamba.ops.numba_serves import numba_infers
+from nnunetv2_dermomamba.ops.numba_serves import numba_serves
 
 FEW_MAPS = 4  # an image and its mirror images
 
@@ -57,7 +57,7 @@ class CBAM(nn.Module):
         So they are where ``fuse_skip`` takes them. The spatial gate comes first, or a compiler would find the product
         with the other one and keep that. Elsewhere that product is a factor: it has been computed.
         """
-        if numba_infers(x) and x.shape[1] % 8 == 0:
+        if numba_serves(x) and x.shape[1] % 8 == 0:
             return self._factors_on_cpu(x)
         pooled = torch.stack(_maximum_and_mean(x, channels=False))
         few = len(x) <= FEW_MAPS and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled()
@@ -94,17 +94,17 @@ class CBAM(nn.Module):
             taps = self.spatial_conv.weight.transpose(0, 1)  # one kernel for the maximum, one for the mean, then added
             convolved = depthwise(summary, taps, taps.new_zeros(2), 1)
             return convolved[:, :1] + convolved[:, 1:]  # not sum(), which autocast makes float32
-        if summary.device.type == "cpu":
-            summary = summary.contiguous(memory_format=torch.channels_last)
         return self.spatial_conv(summary)
 
     def _factors_on_cpu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for inference, by kernels that read the map twice."""
+        """By kernels that read the map twice."""
         from nnunetv2_dermomamba.ops.cpu_depthwise import convolution  # Numba need not be there otherwise
         from nnunetv2_dermomamba.ops.cpu_gates import gate_channels, pool_positions
 
         channel_gate = torch.sigmoid(self.channel_mlp(pool_positions(x)).sum(0))[:, :, None, None]
         gated, summary = gate_channels(x, channel_gate)
+        if torch.is_grad_enabled():
+            return gated, torch.sigmoid(self.spatial_norm(self.spatial_conv(summary)))
         taps = self.spatial_conv.weight.transpose(0, 1)  # one kernel for the maximum, one for the mean, then added
         convolved = convolution(summary, taps, taps.new_zeros(2), 1).sum(1, keepdim=True)
         return gated, torch.sigmoid(self.spatial_norm(convolved))

@@ -10,7 +10,7 @@ from nnunetv2_dermomamba.ops import fuse_skip
 from nnunetv2_dermomamba.ops.halve import halve
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 from nnunetv2_dermomamba.ops.normalise import batch_norm, batch_norm_of_running
-from nnunetv2_dermomamba.ops.numba_serves import numba_infers
+from nnunetv2_dermomamba.ops.numba_serves import numba_serves
 from nnunetv2_dermomamba.ops.recompute import recompute
 
 from .attention import multiplied
@@ -88,13 +88,11 @@ class DecoderStage(nn.Module):
             low = F.conv2d(x, weight_x)
             return fuse_skip.fuse_skip(whole, spatial_gate, channel_gate, weight_skip, low, self.fuse.bias)
         low = convolve_and_add(x, weight_x, self.fuse.bias)
-        if numba_infers(x) and low.shape[1] % 8 == 0 and len(skip) == 2 and skip[1].shape[1] == 1:
+        if numba_serves(x) and low.shape[1] % 8 == 0 and len(skip) == 2 and skip[1].shape[1] == 1:
             from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add  # Numba need not be there otherwise
 
             return gate_and_add(F.conv2d(skip[0], weight_skip), skip[1], low)
         fused = recompute(lambda *skip: F.conv2d(multiplied(*skip), weight_skip), *skip)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # where PyTorch's sum is five times as slow as this
-            return fused + F.interpolate(low, scale_factor=2.0, mode="nearest")
         # nearest upsampling by broadcasting, in place: nothing is written, and its gradient is a sum
         # the axes in memory's order: else that sum is, and the convolution of low copies it
         blocks = fused.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))

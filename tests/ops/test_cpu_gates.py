@@ -1,4 +1,4 @@
-"""CBAM's kernels for inference on the CPU against PyTorch."""
+"""CBAM's kernels for the CPU against PyTorch."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from nnunetv2_dermomamba.network.attention import CBAM
 from nnunetv2_dermomamba.network.stages import DecoderStage
+from nnunetv2_dermomamba.ops import ENVIRONMENT_VARIABLE
 from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add, gate_channels, pool_positions
 
 SHAPES = [(1, 32, 1, 1), (2, 32, 5, 7), (1, 64, 70, 65), (3, 16, 9, 130)]
@@ -47,28 +48,131 @@ def test_gate_and_half_the_size_added(draw, shape):
     assert relative_error(gate_and_add(x.clone(), gate, low), expected) <= FORWARD[torch.float32]
 
 
+def compare_gradients(ours, theirs, *inputs, tolerance):
+    """Of sums with random weights; ``theirs`` in float64."""
+    results = []
+    for function, kind in ((ours, inputs[0].dtype), (theirs, torch.float64)):
+        leaves = [m.detach().to(kind).requires_grad_() for m in inputs]
+        outputs = list(function(*leaves))
+        torch.manual_seed(1)
+        weights = [torch.randn(m.shape, dtype=torch.float64).to(kind) for m in outputs]
+        results.append(torch.autograd.grad(outputs, leaves, weights))
+    for mine, other in zip(*results, strict=True):
+        assert mine.shape == other.shape
+        assert relative_error(mine, other) <= tolerance
+
+
+KINDS = [(torch.float32, 1e-5), (torch.float64, 1e-12)]
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_pooling(draw, shape, kind, tolerance):
+    compare_gradients(
+        pool_positions,
+        lambda x: (x.flatten(2).max(2)[0], x.mean((2, 3))),
+        draw(*shape).to(kind),
+        tolerance=tolerance,
+    )
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_gated_map(draw, shape, kind, tolerance):
+    def theirs(x, gate):
+        gated = x * gate
+        return gated, torch.stack([gated.max(1)[0], gated.mean(1)], dim=1)
+
+    compare_gradients(gate_channels, theirs, draw(*shape).to(kind), torch.rand(*shape[:2], 1, 1).to(kind),
+                      tolerance=tolerance)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+@pytest.mark.parametrize("shape", [(1, 8, 2, 2), (2, 16, 6, 10), (1, 32, 128, 130)])
+def test_gradients_of_gate_and_half_the_size(draw, shape, kind, tolerance):
+    batch, channels, height, width = shape
+    compare_gradients(
+        lambda *m: (gate_and_add(*m),),
+        lambda x, gate, low: (x * gate + F.interpolate(low, scale_factor=2.0, mode="nearest"),),
+        draw(*shape).to(kind),
+        torch.rand(batch, 1, height, width).to(kind),
+        draw(batch, channels, height // 2, width // 2).to(kind),
+        tolerance=tolerance,
+    )
+
+
+def test_of_equal_maxima_the_first_has_the_gradient():
+    x = torch.ones(1, 8, 40, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(pool_positions(x)[0].sum(), x)
+    assert torch.equal(dx[0, :, 0, 0], torch.ones(8))
+    assert dx.sum() == 8
+    (dx,) = torch.autograd.grad(gate_channels(x, torch.ones(1, 8, 1, 1))[1][:, 0].sum(), x)
+    assert torch.equal(dx[0, 0], torch.ones(40, 3))
+    assert dx.sum() == 120
+
+
+def test_the_map_is_left_alone_where_gradients_are_recorded():
+    x = torch.ones(1, 8, 2, 2).contiguous(memory_format=torch.channels_last)
+    low = torch.ones(1, 8, 1, 1, requires_grad=True)
+    gate_and_add(x, torch.full((1, 1, 2, 2), 0.5), low)
+    assert torch.equal(x, torch.ones(1, 8, 2, 2))
+
+
 @pytest.mark.parametrize(("low", "gate"), [((1, 8, 2, 2), (1, 1, 4, 6)), ((1, 8, 2, 3), (1, 1, 1, 1))])
 def test_sizes_that_do_not_match_are_refused(low, gate):
     with pytest.raises(ValueError, match="do not match"):
         gate_and_add(torch.zeros(1, 8, 4, 6), torch.zeros(gate), torch.zeros(low))
 
 
-def test_decoder_in_inference_is_the_one_with_gradients():
+@pytest.fixture
+def by_pytorch(monkeypatch):
+    """A function's result without kernels."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setenv(ENVIRONMENT_VARIABLE, "torch")
+            return function(*arguments)
+
+    return call
+
+
+def test_decoder_is_pytorchs(by_pytorch):
     torch.manual_seed(0)
     stage, cbam = DecoderStage(16).eval(), CBAM(16).eval()
     x, skip = torch.randn(2, 16, 5, 7), torch.randn(2, 16, 10, 14)
+
+    def decode():
+        return stage(x, *cbam.factors(skip))
+
+    expected, with_gradients = by_pytorch(decode), decode()
     with torch.no_grad():
-        result = stage(x, *cbam.factors(skip))
-    assert relative_error(result, stage(x, *cbam.factors(skip)).detach()) <= FORWARD[torch.float32]
+        result = decode()
+    assert relative_error(result, expected.detach()) <= FORWARD[torch.float32]
+    assert relative_error(with_gradients.detach(), expected.detach()) <= FORWARD[torch.float32]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inference_is_the_one_with_gradients(draw, shape):
+def test_cbam_is_pytorchs(draw, by_pytorch, shape):
     torch.manual_seed(0)
     cbam, x = CBAM(shape[1]).eval(), draw(*shape)
+    expected, with_gradients = by_pytorch(cbam, x), cbam(x)
     with torch.no_grad():
         result = cbam(x)
-    assert relative_error(result, cbam(x).detach()) <= FORWARD[torch.float32]
+    assert relative_error(result, expected.detach()) <= FORWARD[torch.float32]
+    assert relative_error(with_gradients.detach(), expected.detach()) <= FORWARD[torch.float32]
+
+
+def test_gradients_of_cbam_and_decoder_are_pytorchs(by_pytorch):
+    torch.manual_seed(0)
+    stage, cbam = DecoderStage(16).double(), CBAM(16).double()
+    x, skip = (torch.randn(2, 16, *size, dtype=torch.float64, requires_grad=True) for size in ((5, 7), (10, 14)))
+
+    def gradients():
+        y = stage(x, *cbam.factors(skip))
+        return torch.autograd.grad(y.square().sum(), [x, skip, *stage.parameters(), *cbam.parameters()])
+
+    for mine, other in zip(gradients(), by_pytorch(gradients), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
 
 
 def test_nan_stays():
