@@ -127,14 +127,13 @@ class _PoolPositions(torch.autograd.Function):
             lambda i, b, part: _pool(rows[b, part], maxima[i], places[i], sums[i]),
             [(i, *part) for i, part in enumerate(parts)],
         )
-        places += np.array([[part.start] for _, part in parts])
         mean = sums.reshape(batch, -1, channels).sum(1) / (height * width)
-        maxima, places = (m.reshape(batch, -1, channels) for m in (maxima, places))
-        first = maxima.argmax(1, keepdims=True)
-        ctx.save_for_backward(torch.from_numpy(np.take_along_axis(places, first, 1)))
-        ctx.shape = x.shape
-        maximum = np.take_along_axis(maxima, first, 1)[:, 0]
-        return torch.from_numpy(np.stack([maximum, mean.astype(rows.dtype)]))
+        maxima = maxima.reshape(batch, -1, channels)
+        if ctx.needs_input_grad[0]:
+            places += np.array([[part.start] for _, part in parts])
+            ctx.save_for_backward(_of_first_maximum(places.reshape(maxima.shape), maxima))
+            ctx.shape = x.shape
+        return torch.from_numpy(np.stack([maxima.max(1), mean.astype(rows.dtype)]))
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
@@ -144,6 +143,11 @@ class _PoolPositions(torch.autograd.Function):
         dmaximum, dmean = (m[:, None] for m in dpooled)
         dx = (dmean / (height * width)).repeat(1, height * width, 1).scatter_add_(1, places, dmaximum)
         return dx.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _of_first_maximum(values: np.ndarray, maxima: np.ndarray) -> Tensor:
+    """Along the second axis, which stays."""
+    return torch.from_numpy(np.take_along_axis(values, maxima.argmax(1, keepdims=True), 1))
 
 
 class _GateChannels(torch.autograd.Function):

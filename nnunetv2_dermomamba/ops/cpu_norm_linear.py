@@ -23,29 +23,27 @@ SUMMED = 4096
 """Rows whose gradients of the weights are summed by one task: results do not depend on the number of threads."""
 
 
-@njit(**_OPTIONS)
-def _normalise(x, eps, tile, scales, steps):  # type: ignore[no-untyped-def]
-    """``steps`` rows without their mean, over their standard deviation, whose inverse goes to ``scales``."""
+@njit(inline="always")
+def _moments(x, t, eps):  # type: ignore[no-untyped-def]
+    """Mean of a row and the inverse of its standard deviation."""
     channels = x.shape[1]
-    for t in range(steps):
-        mean = x.dtype.type(0.0)
-        for i in range(channels):
-            mean += x[t, i]
-        mean /= x.dtype.type(channels)
-        variance = x.dtype.type(0.0)
-        for i in range(channels):
-            variance += (x[t, i] - mean) * (x[t, i] - mean)
-        scales[t] = x.dtype.type(1.0) / np.sqrt(variance / x.dtype.type(channels) + eps)
-        for i in range(channels):
-            tile[t, i] = (x[t, i] - mean) * scales[t]
+    mean = x.dtype.type(0.0)
+    for i in range(channels):
+        mean += x[t, i]
+    mean /= x.dtype.type(channels)
+    variance = x.dtype.type(0.0)
+    for i in range(channels):
+        variance += (x[t, i] - mean) * (x[t, i] - mean)
+    return mean, x.dtype.type(1.0) / np.sqrt(variance / x.dtype.type(channels) + eps)
 
 
 @njit(**_OPTIONS)
-def _affine(tile, weight, bias, out, steps):  # type: ignore[no-untyped-def]
-    """Out = tile * weight + bias, of rows with the weight's channels."""
+def _normalise(x, weight, bias, eps, tile, steps):  # type: ignore[no-untyped-def]
+    """LayerNorm of ``steps`` rows."""
     for t in range(steps):
-        for i in range(weight.shape[0]):
-            out[t, i] = tile[t, i] * weight[i] + bias[i]
+        mean, scale = _moments(x, t, eps)
+        for i in range(x.shape[1]):
+            tile[t, i] = (x[t, i] - mean) * scale * weight[i] + bias[i]
 
 
 @njit(**_OPTIONS)
@@ -75,20 +73,22 @@ def _gate_backward(gate, ungated, gradient, dgate):  # type: ignore[no-untyped-d
 
 
 @njit(**_OPTIONS)
-def _normalise_backward(tile, scales, weight, gradient, dweight, dbias, dx, steps):  # type: ignore[no-untyped-def]
-    """Writes dx of LayerNorm and adds to dweight and dbias; ``tile`` and ``scales`` as ``_normalise`` leaves them."""
-    channels, zero = dx.shape[1], dx.dtype.type(0.0)
+def _normalise_backward(x, weight, eps, gradient, dweight, dbias, dx, steps):  # type: ignore[no-untyped-def]
+    """Gradients of ``_normalise``: writes dx, adds to dweight and dbias."""
+    channels, zero = x.shape[1], x.dtype.type(0.0)
     for t in range(steps):
+        centre, scale = _moments(x, t, eps)
         mean, product = zero, zero
         for i in range(channels):
-            dweight[i] += gradient[t, i] * tile[t, i]
+            value = (x[t, i] - centre) * scale
+            dweight[i] += gradient[t, i] * value
             dbias[i] += gradient[t, i]
             mean += gradient[t, i] * weight[i]
-            product += gradient[t, i] * weight[i] * tile[t, i]
-        mean /= dx.dtype.type(channels)
-        product /= dx.dtype.type(channels)
+            product += gradient[t, i] * weight[i] * value
+        mean /= x.dtype.type(channels)
+        product /= x.dtype.type(channels)
         for i in range(channels):
-            dx[t, i] = (gradient[t, i] * weight[i] - mean - tile[t, i] * product) * scales[t]
+            dx[t, i] = (gradient[t, i] * weight[i] - mean - (x[t, i] - centre) * scale * product) * scale
 
 
 @njit(**_OPTIONS)
@@ -137,12 +137,10 @@ def _forward(x, gate, weight, bias, eps, matrix, outs, first, last):  # type: ig
 
     x (n, c), gate (n, c) or (0, c) for none, matrix (c, m) in whole vectors, every out (n, m / outs).
     """
-    tile, scales = np.zeros((ROWS, x.shape[1]), x.dtype), np.empty(ROWS, x.dtype)
-    projected = np.empty((ROWS, matrix.shape[1]), x.dtype)
+    tile, projected = np.zeros((ROWS, x.shape[1]), x.dtype), np.empty((ROWS, matrix.shape[1]), x.dtype)
     for start in range(first, last, ROWS):
         end = min(start + ROWS, last)
-        _normalise(x[start:end], eps, tile, scales, end - start)
-        _affine(tile, weight, bias, tile, end - start)
+        _normalise(x[start:end], weight, bias, eps, tile, end - start)
         if gate.shape[0]:
             _gate(gate[start:end], tile)
         products(tile, matrix, projected, end - start)
@@ -159,16 +157,15 @@ def _backward(  # type: ignore[no-untyped-def]
     matrix (m in whole vectors, c in whole vectors); dmatrix (c, m), both in whole vectors.
     """
     channels, wide, kind = x.shape[1], matrix.shape[1], x.dtype
-    tile, scales, ungated = np.zeros((ROWS, channels), kind), np.empty(ROWS, kind), np.empty((ROWS, channels), kind)
-    padded, gradient = np.zeros((ROWS, wide), kind), np.empty((ROWS, channels), kind)
+    ungated, gradient = np.empty((ROWS, channels), kind), np.empty((ROWS, channels), kind)
+    padded = np.zeros((ROWS, wide), kind)
     dy, dinput = np.zeros((ROWS, matrix.shape[0]), kind), np.empty((ROWS, wide), kind)
     for start in range(first, last, ROWS):
         end = min(start + ROWS, last)
         steps = end - start
         for p in range(len(dys)):
             _read(dys[p], start, steps, dy, p * dys[p].shape[1])
-        _normalise(x[start:end], eps, tile, scales, steps)
-        _affine(tile, weight, bias, ungated, steps)
+        _normalise(x[start:end], weight, bias, eps, ungated, steps)
         products(dy, matrix, dinput, steps)
         _write(dinput, 0, steps, gradient, 0)
         if gate.shape[0]:
@@ -179,7 +176,7 @@ def _backward(  # type: ignore[no-untyped-def]
         else:
             _read(ungated, 0, steps, padded, 0)
         _add_outer_products(padded, dy, dmatrix, steps)
-        _normalise_backward(tile, scales, weight, gradient, dweight, dbias, dx[start:end], steps)
+        _normalise_backward(x[start:end], weight, eps, gradient, dweight, dbias, dx[start:end], steps)
 
 
 def _rows(x: Tensor) -> np.ndarray:
