@@ -1,4 +1,4 @@
-"""InstanceNorm, leaky ReLU and a residual: PyTorch's own, for CPU inference one Numba kernel, compiled its formula.
+"""InstanceNorm, leaky ReLU and a residual: PyTorch's own, on a CPU Numba kernels, compiled its formula.
 
 PyTorch's InstanceNorm copies channels-last maps to channels first and takes several passes.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import normalise
-from .numba_serves import numba_infers
+from .numba_serves import numba_serves
 
 
 def instance_norm_leaky_add(x: Tensor, norm: nn.InstanceNorm2d, slope: float, other: Tensor, factor: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def instance_norm_leaky_add(x: Tensor, norm: nn.InstanceNorm2d, slope: float, ot
     Returns:
         (B, C, H, W).
     """
-    if numba_infers(x):
+    if numba_serves(x):
         from .cpu_instance_norm import instance_norm_leaky_add_cpu  # Numba need not be there for PyTorch's own
 
         return instance_norm_leaky_add_cpu(x, norm, slope, other, factor)

@@ -3,27 +3,59 @@
 import pytest
 import torch
 from tolerances import FORWARD, relative_error
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_dermomamba.ops import instance_norm
 from nnunetv2_dermomamba.ops.instance_norm import instance_norm_leaky_add
 
+SHAPES = [(1, 16, 20, 30), (3, 5, 7, 13), (5, 8, 1, 2), (1, 3, 100, 1), (2, 16, 130, 140)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
-@pytest.mark.parametrize("shape", [(1, 16, 20, 30), (3, 5, 7, 13), (5, 8, 1, 2), (1, 3, 100, 1)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_kernel_equals_pytorch_and_only_serves_inference(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+
+def case(shape: tuple[int, ...], layout: torch.memory_format) -> list[Tensor]:
+    """x, the norm's weight and bias, other and factor."""
     torch.manual_seed(0)
-    norm = nn.InstanceNorm2d(shape[1], affine=True)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
     x, other = ((30 + torch.randn(shape)).contiguous(memory_format=layout) for _ in range(2))
-    factor = torch.tensor([1.3])
-    expected = 1.3 * other.double() + F.leaky_relu(norm.double()(x.double()), 0.01)
-    norm = norm.float()
-    assert instance_norm_leaky_add(x.clone(), norm, 0.01, other, factor).requires_grad
+    return [x, torch.randn(shape[1]), torch.randn(shape[1]), other, torch.tensor([1.3])]
+
+
+def by_kernel(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    norm = nn.InstanceNorm2d(x.shape[1], affine=True)
+    del norm.weight, norm.bias  # or they could be parameters only, which have no gradients of their own
+    norm.weight, norm.bias = weight, bias
+    return instance_norm_leaky_add(x, norm, 0.01, other, factor)
+
+
+def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return factor * other + F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias), 0.01)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_equals_pytorch(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    inputs = case(shape, layout)
     with torch.inference_mode():
-        assert relative_error(instance_norm_leaky_add(x, norm, 0.01, other, factor), expected) < FORWARD[torch.float32]
+        y, expected = by_kernel(*inputs), by_pytorch(*(m.double() for m in inputs))
+    assert relative_error(y, expected) < FORWARD[torch.float32]
+
+
+# Of two positions, whose normalised values are 1 and -1, gradients cancel: PyTorch's own float32 is off by 1e-4.
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("shape", [(5, 8, 1, 4) if shape[2:] == (1, 2) else shape for shape in SHAPES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_pytorchs(
+    shape: tuple[int, ...], layout: torch.memory_format, kind: torch.dtype, tolerance: float
+) -> None:
+    results = []
+    for function, of in ((by_kernel, kind), (by_pytorch, torch.float64)):
+        inputs = [m.to(of).requires_grad_() for m in case(shape, layout)]
+        y = function(*inputs)
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(y, inputs, torch.randn(shape, dtype=torch.float64).to(of)))
+    for mine, other in zip(*results, strict=True):
+        assert mine.shape == other.shape
+        assert relative_error(mine, other) < tolerance
 
 
 def test_nan_stays() -> None:
