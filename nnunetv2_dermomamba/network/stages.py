@@ -60,6 +60,11 @@ class EncoderStage(nn.Module):
         return halve(skip), skip
 
 
+def _is_gated(x: Tensor, *gates: Tensor) -> bool:
+    """Whether one factor for each position is all there is besides ``x``."""
+    return len(gates) == 1 and gates[0].shape == (len(x), 1, *x.shape[2:])
+
+
 class DecoderStage(nn.Module):
     """Nearest upsampling, concatenation with the skip, 1x1 and 3x3 convolution, GELU, BatchNorm, in that order.
 
@@ -88,7 +93,7 @@ class DecoderStage(nn.Module):
             low = F.conv2d(x, weight_x)
             return fuse_skip.fuse_skip(whole, spatial_gate, channel_gate, weight_skip, low, self.fuse.bias)
         low = convolve_and_add(x, weight_x, self.fuse.bias)
-        if numba_serves(x) and low.shape[1] % 8 == 0 and len(skip) == 2 and skip[1].shape[1] == 1:
+        if numba_serves(x) and low.shape[1] % 8 == 0 and _is_gated(*skip):
             from nnunetv2_dermomamba.ops.cpu_gates import gate_and_add  # Numba need not be there otherwise
 
             return gate_and_add(F.conv2d(skip[0], weight_skip), skip[1], low)

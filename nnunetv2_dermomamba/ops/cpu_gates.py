@@ -155,7 +155,7 @@ class _GateChannels(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         batch, channels, height, width = x.shape
         out, summary = (
-            torch.empty(batch, size, height, width, dtype=x.dtype, memory_format=torch.channels_last)
+            torch.empty(batch, size, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
             for size in (channels, 2)
         )
         rows, outs, summaries = (channels_last_rows(m) for m in (x, out, summary))
@@ -174,7 +174,7 @@ class _GateChannels(torch.autograd.Function):
         batch, channels, height, width = x.shape
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         douts, dsummaries, rows, summaries, dxs = (channels_last_rows(m) for m in (dout, dsummary, x, summary, dx))
-        gates, parts = gate.reshape(batch, 1, channels).numpy(), shares(batch, height * width, channels)
+        gates, parts = gate.reshape(batch, 1, channels).contiguous().numpy(), shares(batch, height * width, channels)
         sums = np.zeros((len(parts), channels))
 
         def task(i: int, b: int, part: slice) -> None:
@@ -196,14 +196,11 @@ class _GateAndAdd(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, gate = ctx.saved_tensors
-        batch, channels, height, width = x.shape
-        dx, dgate, dlow = (
-            torch.empty(batch, size, height // side, width // side, dtype=x.dtype, memory_format=torch.channels_last)
-            for size, side in ((channels, 1), (1, 1), (channels, 2))
-        )
+        dx, dgate = (torch.empty_like(m, memory_format=torch.channels_last) for m in (x, gate))
+        dlow = torch.empty_like(x[..., ::2, ::2], memory_format=torch.channels_last)
         maps = [channels_last_rows(m) for m in (dout, x, gate, dx, dgate, dlow)]
         run_shared(
-            lambda b, first, last: _gate_and_add_backward(*(m[b] for m in maps), width, first, last),
+            lambda b, first, last: _gate_and_add_backward(*(m[b] for m in maps), x.shape[3], first, last),
             _pairs_of_lines(x.shape),
         )
         return dx, dgate, dlow
@@ -226,6 +223,14 @@ def _gated_and_added(x: Tensor, gate: Tensor, low: Tensor, out: Tensor) -> Tenso
     return out
 
 
+def _check_channels(x: Tensor, *others: Tensor) -> None:
+    """Kernels look at no bounds."""
+    if x.shape[1] % LANES:
+        raise ValueError(f"channels must be a multiple of {LANES}, not {x.shape[1]}")
+    if any(m.dtype != x.dtype for m in others):
+        raise ValueError(f"{[m.dtype for m in others]} do not match {x.dtype}")
+
+
 def pool_positions(x: Tensor) -> Tensor:
     """Maximum and mean over the positions of (B, C, H, W), (2, B, C); a NaN is in the mean.
 
@@ -245,7 +250,13 @@ def gate_channels(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (B, C, H, W) and (B, 2, H, W), channels last in memory.
+
+    Raises:
+        ValueError: sizes or types do not match, or C does not.
     """
+    _check_channels(x, gate)
+    if gate.shape != (*x.shape[:2], 1, 1):
+        raise ValueError(f"a gate {tuple(gate.shape)} does not match {tuple(x.shape)}")
     return _GateChannels.apply(x, gate)  # type: ignore[no-any-return]
 
 
@@ -261,8 +272,9 @@ def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
         As x, channels last in memory.
 
     Raises:
-        ValueError: the sizes do not match.
+        ValueError: sizes or types do not match, or C does not.
     """
+    _check_channels(x, gate, low)
     batch, channels, height, width = x.shape
     if low.shape != (batch, channels, height / 2, width / 2) or gate.shape != (batch, 1, height, width):
         raise ValueError(f"{tuple(low.shape)} and a gate {tuple(gate.shape)} do not match {tuple(x.shape)}")

@@ -219,7 +219,7 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, norm_weight, norm_bias, weight = ctx.saved_tensors
-        dx, dgate = (torch.empty(m.shape, dtype=m.dtype) for m in (x, gate))
+        dx, dgate = (m.new_empty(m.shape) for m in (x, gate))
         rows, gates, vectors = _rows(x), _rows(gate), _vectors(norm_weight, norm_bias, ctx.eps)
         matrix = pad_channels(pad_channels(weight.detach().t()).t())
         gradients, dx_rows, dgate_rows = tuple(_rows(dy) for dy in dys), _rows(dx), _rows(dgate)

@@ -28,7 +28,7 @@ def instance_norm_leaky_add(x: Tensor, norm: nn.InstanceNorm2d, slope: float, ot
     Returns:
         (B, C, H, W).
     """
-    if numba_serves(x):
+    if numba_serves(x) and other.shape == x.shape and norm.num_features == x.shape[1]:
         from .cpu_instance_norm import instance_norm_leaky_add_cpu  # Numba need not be there for PyTorch's own
 
         return instance_norm_leaky_add_cpu(x, norm, slope, other, factor)

@@ -118,7 +118,7 @@ def norm_linear(
     if _triton_serves(x, linear.weight):
         kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         return norm_linear_by_kernel(x, gate, norm.weight, norm.bias, norm.eps, linear.weight, kind, maps)
-    if _numba_serves(x, linear.weight):
+    if _cpu_kernel_serves(x, norm, linear.weight, gate):
         from .cpu_norm_linear import norm_linear_cpu  # Numba need not be there for PyTorch's own
 
         return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, gate, 1)[0]
@@ -137,15 +137,21 @@ def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tupl
     Returns:
         Two of (..., m).
     """
-    if _numba_serves(x, linear.weight):
+    if _cpu_kernel_serves(x, norm, linear.weight, None):
         from .cpu_norm_linear import norm_linear_cpu
 
         return norm_linear_cpu(x, norm.weight, norm.bias, norm.eps, linear.weight, None, 2)
     return norm_linear(x, norm, linear).chunk(2, dim=-1)
 
 
-def _numba_serves(x: Tensor, matrix: Tensor) -> bool:
-    return numba_serves(x) and matrix.dtype == x.dtype
+def _cpu_kernel_serves(x: Tensor, norm: nn.LayerNorm, matrix: Tensor, gate: Tensor | None) -> bool:
+    """It looks at no bounds, and PyTorch's own says what does not match."""
+    if not numba_serves(x) or (gate is not None and gate.shape != x.shape):
+        return False
+    if norm.weight is None or norm.bias is None or matrix.shape[1:] != x.shape[-1:]:
+        return False
+    vectors = norm.weight, norm.bias
+    return all(m.shape == x.shape[-1:] for m in vectors) and all(m.dtype == x.dtype for m in (matrix, *vectors))
 
 
 def _triton_serves(x: Tensor, matrix: Tensor) -> bool:

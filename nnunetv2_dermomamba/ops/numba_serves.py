@@ -9,8 +9,13 @@ from .backends import choose_backend
 
 
 def numba_serves(x: Tensor) -> bool:
-    """Not where a graph is traced; a subclass (a fake tensor) has no memory to read."""
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    """Not where a graph is traced or there is nothing to do; a subclass (a fake tensor) has no memory to read."""
+    if (
+        type(x) is not Tensor
+        or x.numel() == 0
+        or x.device.type != "cpu"
+        or x.dtype not in (torch.float32, torch.float64)
+    ):
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import FORWARD, relative_error
+from tolerances import FORWARD, GRADIENT, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,12 +41,10 @@ def test_kernel_equals_pytorch(shape: tuple[int, ...], layout: torch.memory_form
 
 
 # Of two positions, whose normalised values are 1 and -1, gradients cancel: PyTorch's own float32 is off by 1e-4.
-@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("kind", GRADIENT)
 @pytest.mark.parametrize("shape", [(5, 8, 1, 4) if shape[2:] == (1, 2) else shape for shape in SHAPES])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_equal_pytorchs(
-    shape: tuple[int, ...], layout: torch.memory_format, kind: torch.dtype, tolerance: float
-) -> None:
+def test_gradients_equal_pytorchs(shape: tuple[int, ...], layout: torch.memory_format, kind: torch.dtype) -> None:
     results = []
     for function, of in ((by_kernel, kind), (by_pytorch, torch.float64)):
         inputs = [m.to(of).requires_grad_() for m in case(shape, layout)]
@@ -55,7 +53,7 @@ def test_gradients_equal_pytorchs(
         results.append(torch.autograd.grad(y, inputs, torch.randn(shape, dtype=torch.float64).to(of)))
     for mine, other in zip(*results, strict=True):
         assert mine.shape == other.shape
-        assert relative_error(mine, other) < tolerance
+        assert relative_error(mine, other) < GRADIENT[kind]
 
 
 def test_nan_stays() -> None:

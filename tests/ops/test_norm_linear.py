@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tolerances import GRADIENT, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,10 +50,10 @@ def gradients(y: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y, of, torch.randn(y.mT.shape, dtype=torch.float64).to(y.dtype).mT)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("kind", GRADIENT)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_gradients_equal_pytorchs(shape: tuple[int, ...], gated: bool, kind: torch.dtype, tolerance: float) -> None:
+def test_gradients_equal_pytorchs(shape: tuple[int, ...], gated: bool, kind: torch.dtype) -> None:
     def results(call: Callable[..., Tensor], kind: torch.dtype) -> tuple[Tensor, ...]:
         x, gate, norm, linear = case(shape, torch.float32)  # the same numbers for every type
         x, gate = (m.detach().to(kind).requires_grad_() for m in (x, gate))
@@ -63,7 +64,7 @@ def test_gradients_equal_pytorchs(shape: tuple[int, ...], gated: bool, kind: tor
     ours, theirs = results(norm_linear, kind), results(by_pytorch, torch.float64)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
-        assert (mine - other).norm() <= tolerance * other.norm()
+        assert relative_error(mine, other) <= GRADIENT[kind]
 
 
 def test_gradients_of_one_half() -> None:
@@ -82,6 +83,25 @@ def test_gradients_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch)
         y = norm_linear(x, norm, linear, gate[..., :4])
         results.append(gradients(y, x, gate, norm.weight, norm.bias, linear.weight))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("of_x", "of_norm", "of_linear"), [(8, 6, 8), (6, 6, 8), (8, 8, 6)])
+def test_sizes_that_do_not_match_are_pytorchs_to_refuse(of_x: int, of_norm: int, of_linear: int) -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        norm_linear(torch.zeros(3, of_x), nn.LayerNorm(of_norm), nn.Linear(of_linear, 4, bias=False))
+
+
+@pytest.mark.parametrize("size", [(6,), (5, 6), (3, 5, 1)])
+def test_a_gate_may_broadcast(size: tuple[int, ...]) -> None:
+    x, _, norm, linear = case((3, 5, 6), torch.float64)
+    gate = torch.randn(size, dtype=torch.float64)
+    torch.testing.assert_close(norm_linear(x, norm, linear, gate), by_pytorch(x, norm, linear, gate))
+
+
+def test_a_norm_may_have_no_parameters() -> None:
+    x, _, _, linear = case((3, 8), torch.float64)
+    norm = nn.LayerNorm(8, elementwise_affine=False)
+    torch.testing.assert_close(norm_linear(x, norm, linear), linear(norm(x)))
 
 
 def test_a_second_derivative_is_refused() -> None:
