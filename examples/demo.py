@@ -68,7 +68,9 @@ def main() -> None:
         "Evaluate": words("dermomamba evaluate -p", predictions, "-g", truth, "--images", images)
         + words("--json", folder / "evaluation.json", "--report", folder / "report.html"),
     }
-    with tqdm(steps.items(), unit="step", position=0) as progress:
+    # steps differ in length, so a rate or a time left would mislead
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}]"
+    with tqdm(steps.items(), position=0, bar_format=layout) as progress:
         for name, command in progress:
             progress.set_description(name)
             run(name, [str(part) for part in command], environment, folder)

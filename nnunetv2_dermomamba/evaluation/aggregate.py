@@ -19,6 +19,8 @@ POOLED_METRICS = ["dice", "iou", "precision", "recall", "specificity"]
 RESAMPLES = 2000
 SEED = 0  # of the draws, so that an evaluation given again tells the same intervals
 CONFIDENCE = 0.95
+FEWEST = 10
+"""Images that an interval needs: resampled, a few give back little more than their least and greatest figure."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Figure:
 
     Attributes:
         value: Mean over images, or the pooled figure.
-        low: Lower end of the 95 % interval.
+        low: Lower end of the 95 % interval; NaN of fewer than 10 images.
         high: Upper end.
         n: Images that count.
         undefined: Images for which the metric is not defined.
@@ -53,7 +55,8 @@ def summarise(frame: pd.DataFrame, metrics: list[str]) -> dict[str, dict[str, Fi
     """Figures over the images of one class.
 
     The interval is the percentile bootstrap's: images are drawn with replacement 2000 times, the same draws for every
-    figure, and the middle 95 % of the resampled figures is reported. Undefined values (NaN) are left out.
+    figure, and the middle 95 % of the resampled figures is reported. Undefined values (NaN) are left out. Fewer than 10
+    images have no interval.
 
     - ``per_image``: mean of each metric over images.
     - ``pooled``: metrics of the pixel counts summed over all images, as VM-UNet and its kin report them; large
@@ -96,7 +99,7 @@ def _means(frame: pd.DataFrame, draws: np.ndarray) -> dict[str, Figure]:
         if not n:
             figures[metric] = Figure(np.nan, np.nan, np.nan, 0, undefined, np.nan, np.nan)
             continue
-        low, high = _interval(resampled[:, index])
+        low, high = _interval(resampled[:, index], n)
         sd = float(column.std(ddof=1)) if n > 1 else np.nan
         figures[metric] = Figure(float(column.mean()), low, high, n, undefined, sd, float(np.median(column)))
     return figures
@@ -105,17 +108,15 @@ def _means(frame: pd.DataFrame, draws: np.ndarray) -> dict[str, Figure]:
 def _pooled(counts: pd.DataFrame, draws: np.ndarray) -> dict[str, Figure]:
     totals = draws @ counts.to_numpy(np.float64)
     resampled = [overlap_metrics(dict(zip(COUNTS, total, strict=True))) for total in totals]
-    pooled = overlap_metrics(counts.sum().to_dict())
-    return {
-        metric: Figure(float(pooled[metric]), *_interval(np.array([r[metric] for r in resampled])), len(counts))
-        for metric in POOLED_METRICS
-    }
+    pooled, images = overlap_metrics(counts.sum().to_dict()), len(counts)
+    intervals = {metric: _interval(np.array([r[metric] for r in resampled]), images) for metric in POOLED_METRICS}
+    return {metric: Figure(float(pooled[metric]), *interval, images) for metric, interval in intervals.items()}
 
 
-def _interval(resampled: np.ndarray) -> tuple[float, float]:
+def _interval(resampled: np.ndarray, images: int) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
     resampled = resampled[np.isfinite(resampled)]
-    if not len(resampled):
+    if images < FEWEST or not len(resampled):
         return np.nan, np.nan
     low, high = np.percentile(resampled, [tail, 100 - tail])
     return float(low), float(high)

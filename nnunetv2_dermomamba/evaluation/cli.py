@@ -12,7 +12,7 @@ are no masks are listed.
 Figures, in the order of the paper's table: parameters and operations (as
 `dermomamba info` counts them, with --model), DSC, IoU, precision, recall:
   mean of images        each image counts once; 95 % interval by bootstrap over
-                        images
+                        images, of which it needs 10
   pooled over pixels    one figure from the pixel counts of all images (VM-UNet
                         and its kin); large images weigh more
   as the authors' code  with --probabilities: soft Dice, IoU of the mask,

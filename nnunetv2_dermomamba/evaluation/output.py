@@ -119,8 +119,8 @@ def _show_p(p: float) -> str:
 
 
 def _interval(name: str, figure: Any) -> str:
-    metric = METRICS[name]
-    return f"{metric.show(figure.low)} to {metric.show(figure.high)}"
+    show = METRICS[name].show
+    return "-" if math.isnan(figure.low) else f"{show(figure.low)} to {show(figure.high)}"
 
 
 def remarks(evaluation: Evaluation) -> list[str]:

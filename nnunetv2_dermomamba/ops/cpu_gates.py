@@ -18,6 +18,7 @@ from .cpu_instance_norm import SMALL, channels_last_rows, shares
 from .cpu_kernels import _OPTIONS
 from .cpu_lanes import LANES, at_least, largest, load, splat, store, total
 from .cpu_threads import run_shared
+from .unrecorded import apply
 
 RUN = 64
 """Rows that are summed in a map's type before they are added in float64."""
@@ -236,7 +237,7 @@ def pool_positions(x: Tensor) -> Tensor:
 
     Of equal maxima the first has the gradient.
     """
-    return _PoolPositions.apply(x)  # type: ignore[no-any-return]
+    return apply(_PoolPositions, x)  # type: ignore[no-any-return]
 
 
 def gate_channels(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +258,7 @@ def gate_channels(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     _check_channels(x, gate)
     if gate.shape != (*x.shape[:2], 1, 1):
         raise ValueError(f"a gate {tuple(gate.shape)} does not match {tuple(x.shape)}")
-    return _GateChannels.apply(x, gate)  # type: ignore[no-any-return]
+    return apply(_GateChannels, x, gate)  # type: ignore[no-any-return]
 
 
 def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
@@ -279,6 +280,6 @@ def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
     if low.shape != (batch, channels, height / 2, width / 2) or gate.shape != (batch, 1, height, width):
         raise ValueError(f"{tuple(low.shape)} and a gate {tuple(gate.shape)} do not match {tuple(x.shape)}")
     if torch.is_grad_enabled():
-        return _GateAndAdd.apply(x, gate, low)  # type: ignore[no-any-return]
+        return apply(_GateAndAdd, x, gate, low)  # type: ignore[no-any-return]
     x = x.contiguous(memory_format=torch.channels_last)  # what it is, or the kernel would fill a copy
     return _gated_and_added(x, gate, low, x)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .cpu_kernels import _OPTIONS
 from .cpu_threads import run_shared
+from .unrecorded import apply
 
 SMALL = 2**18  # elements
 
@@ -155,6 +156,13 @@ def instance_norm_leaky_add_cpu(
     x: Tensor, norm: nn.InstanceNorm2d, slope: float, other: Tensor, factor: Tensor
 ) -> Tensor:
     """``instance_norm_leaky_add`` of float32 or float64 maps; channels last in memory."""
-    return _InstanceNormLeakyAdd.apply(  # type: ignore[no-any-return]
-        x, norm.weight, norm.bias, norm.eps, slope, other, factor
+    return apply(
+        _InstanceNormLeakyAdd,  # type: ignore[no-any-return]
+        x,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        slope,
+        other,
+        factor,
     )

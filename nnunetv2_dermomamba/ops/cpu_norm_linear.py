@@ -17,6 +17,7 @@ from .cpu_kernels import _OPTIONS, LOG2_E, _exp2, products
 from .cpu_lanes import LANES, load, splat, store
 from .cpu_scan import pad_channels
 from .cpu_threads import run_shared
+from .unrecorded import apply
 
 ROWS = 64  # a tile of them, a multiple of 4; with 256 channels 64 KiB
 SUMMED = 4096
@@ -256,4 +257,4 @@ def norm_linear_cpu(
         ``parts`` times (..., m / parts).
     """
     gate = x.new_empty(0, x.shape[-1]) if gate is None else gate
-    return _NormLinear.apply(x, gate, norm_weight, norm_bias, eps, weight, parts)  # type: ignore[no-any-return]
+    return apply(_NormLinear, x, gate, norm_weight, norm_bias, eps, weight, parts)  # type: ignore[no-any-return]

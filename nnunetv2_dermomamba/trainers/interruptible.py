@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from nnunetv2_dermomamba.finite_images import NotFiniteError, check_images
 
@@ -97,11 +98,13 @@ class InterruptibleMixin(SafeCheckpointMixin):
     def _run_epoch(self) -> None:
         self.on_epoch_start()
         self.on_train_epoch_start()
-        while self.iteration < self.num_iterations_per_epoch:
-            batch = self._next_batch(self.dataloader_train, self.iteration)
-            self.train_outputs.append(self.train_step(batch))
-            self.iteration += 1
-            self._look_after_numbers()
+        with self._progress_bar() as bar:
+            while self.iteration < self.num_iterations_per_epoch:
+                batch = self._next_batch(self.dataloader_train, self.iteration)
+                self.train_outputs.append(self.train_step(batch))
+                self.iteration += 1
+                self._look_after_numbers()
+                bar.update()
         skipped = self._skipped_in_a_row()
         self.on_train_epoch_end(self.train_outputs)
         self.running_statistics.repair()
@@ -114,6 +117,17 @@ class InterruptibleMixin(SafeCheckpointMixin):
             )
         self.iteration, self.train_outputs, self.skipped_before = 0, [], skipped
         self.on_epoch_end()
+
+    def _progress_bar(self) -> tqdm:
+        """Of an epoch's steps, on a terminal: nnU-Net says nothing before an epoch's end, which may be minutes away."""
+        return tqdm(
+            total=self.num_iterations_per_epoch,
+            initial=self.iteration,
+            desc=f"Epoch {self.current_epoch}",
+            unit="step",
+            leave=False,
+            disable=None if self.local_rank == 0 else True,  # None: unless it is a terminal
+        )
 
     def _next_batch(self, loader: Any, step: int) -> dict:
         """The batch of a step of this epoch, unless it is time to save or to stop."""

@@ -35,12 +35,19 @@ def test_intervals_agree_with_scipy():
 
 
 def test_undefined_values_are_left_out_and_counted():
-    figure = summarise(table([(1, 0, 0, 9, 0.4), (0, 0, 0, 10, np.nan), (1, 0, 0, 9, 0.8)]), ["dice"])[PER_IMAGE][
-        "dice"
-    ]
-    assert (figure.value, figure.n, figure.undefined, figure.median) == (pytest.approx(0.6), 2, 1, pytest.approx(0.6))
-    assert figure.low == pytest.approx(0.4)
-    assert figure.high == pytest.approx(0.8)
+    rows = [(0, 0, 0, 10, np.nan), *[(1, 0, 0, 9, score) for score in [0.4] * 5 + [0.8] * 5]]
+    figure = summarise(table(rows), ["dice"])[PER_IMAGE]["dice"]
+    assert (figure.value, figure.n, figure.undefined, figure.median) == (pytest.approx(0.6), 10, 1, pytest.approx(0.6))
+    assert 0.4 < figure.low < 0.6 < figure.high < 0.8
+
+
+def test_few_images_have_no_interval():
+    rows = [(1, 0, 0, 9, 0.4 + i / 20) for i in range(9)]
+    for figures in summarise(table(rows), ["dice"]).values():
+        assert np.isnan([figures["dice"].low, figures["dice"].high]).all()
+    assert not np.isnan(summarise(table([*rows, rows[0]]), ["dice"])[PER_IMAGE]["dice"].low)
+    undefined = (1, 0, 0, 9, np.nan)
+    assert np.isnan(summarise(table([*rows, undefined]), ["dice"])[PER_IMAGE]["dice"].low)
 
 
 def test_nothing_defined():

@@ -1,7 +1,9 @@
 """Every trainer trains: two iterations and a validation step on a small data set with two classes, or regions."""
 
 import copy
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +98,24 @@ def test_trains(make, name: str, labels: str) -> None:
         assert "Selective scan backend: numba for cpu" in log
         assert not trainer.enable_deep_supervision
         assert trainer.optimizer.param_groups[0]["lr"] > 0
+
+
+def test_a_terminal_shows_the_steps_of_an_epoch(small, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    shown = []
+    for kind in (Terminal, io.StringIO):
+        trainer = small_training.make(small)
+        trainer.num_epochs = 1
+        monkeypatch.setattr(sys, "stderr", kind())
+        trainer.run_training()
+        shown.append(sys.stderr.getvalue())
+    assert "Epoch 0:" in shown[0]
+    assert "0/8" in shown[0]
+    assert "Epoch" not in shown[1]
 
 
 def test_with_a_seed_each_process_and_a_run_that_goes_on_draw_their_own_augmentation(small) -> None:
