@@ -9,7 +9,7 @@ import pandas as pd
 
 from nnunetv2_dermomamba.evaluation.metrics import overlap_metrics
 
-__all__ = ["AUTHORS", "PER_IMAGE", "POOLED", "Figure", "counting", "summarise"]
+__all__ = ["AUTHORS", "FEWEST", "PER_IMAGE", "POOLED", "Figure", "counting", "summarise"]
 
 PER_IMAGE = "per_image"
 POOLED = "pooled"

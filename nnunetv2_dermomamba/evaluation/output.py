@@ -13,7 +13,7 @@ import pandas as pd
 
 from nnunetv2_dermomamba import __version__
 from nnunetv2_dermomamba.cost import Cost
-from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, PER_IMAGE, POOLED
+from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, FEWEST, PER_IMAGE, POOLED
 from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
 from nnunetv2_dermomamba.files import write_file
 
@@ -120,7 +120,9 @@ def _show_p(p: float) -> str:
 
 def _interval(name: str, figure: Any) -> str:
     show = METRICS[name].show
-    return "-" if math.isnan(figure.low) else f"{show(figure.low)} to {show(figure.high)}"
+    if math.isnan(figure.low):
+        return "too few images" if 0 < figure.n < FEWEST else "-"
+    return f"{show(figure.low)} to {show(figure.high)}"
 
 
 def remarks(evaluation: Evaluation) -> list[str]:

@@ -45,7 +45,7 @@ def test_table_csv_and_json(pairs, tmp_path, capsys):
     mean = read["figures"]["1"]["per_image"]["dice"]
     assert mean["value"] == pytest.approx(frame["dice"].mean())
     assert mean["low"] is None  # of six images
-    assert "95 % interval" in text
+    assert "too few images" in text
     pooled = 2 * frame["tp"].sum() / (2 * frame["tp"] + frame["fp"] + frame["fn"]).sum()
     assert read["figures"]["1"]["pooled"]["dice"]["value"] == pytest.approx(pooled)
     assert f"{100 * mean['value']:.2f}" in text
