@@ -145,8 +145,8 @@ def norm_linear_halves(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tupl
 
 
 def _cpu_kernel_serves(x: Tensor, norm: nn.LayerNorm, matrix: Tensor, gate: Tensor | None) -> bool:
-    """It looks at no bounds, and PyTorch's own says what does not match."""
-    if not numba_serves(x) or (gate is not None and gate.shape != x.shape):
+    """The kernel looks at no bounds; of what does not match PyTorch's own complains, or makes something of it."""
+    if not numba_serves(x) or (gate is not None and (gate.shape, gate.dtype) != (x.shape, x.dtype)):
         return False
     if norm.weight is None or norm.bias is None or matrix.shape[1:] != x.shape[-1:]:
         return False

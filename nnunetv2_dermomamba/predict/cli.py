@@ -148,9 +148,9 @@ def _load(args: argparse.Namespace) -> Predictor:
         trust=args.trust,
     )
     model = predictor.model
-    print(
-        f"{model.trainer}, {model.checkpoint} of fold {', '.join(model.folds)}, on {predictor.device}", file=sys.stderr
-    )
+    left_out = f" (fold {', '.join(model.left_out)} has none and is left out)" if model.left_out else ""
+    folds = ", ".join(model.folds)
+    print(f"{model.trainer}, {model.checkpoint} of fold {folds}{left_out}, on {predictor.device}", file=sys.stderr)
     if predictor.scan:
         print(predictor.scan, file=sys.stderr)
     return predictor

@@ -76,6 +76,7 @@ class Model:
         mirror_axes: Axes that mirroring may flip, or None.
         weights: A state dict for each fold.
         folds: Names of the folds, "0" or "all".
+        left_out: Folds that are there without the checkpoint, unless folds were asked for.
         checkpoint: File name of the checkpoints.
         fingerprint: Hexadecimal digest of the plans and the checkpoints.
     """
@@ -88,6 +89,7 @@ class Model:
     mirror_axes: tuple[int, ...] | None
     weights: list[dict[str, Tensor]]
     folds: list[str]
+    left_out: list[str]
     checkpoint: str
     fingerprint: str
 
@@ -195,7 +197,7 @@ def _read_model(path: Path, files: _Files, folds: list[str] | None, checkpoint: 
     dataset_data = files.read(root + "dataset.json", MAX_JSON_BYTES)
     plans, dataset = _parse(path, "plans.json", plans_data), _parse(path, "dataset.json", dataset_data)
     _check_shape(path, dataset)
-    chosen = _choose_folds(path, root, files.names, folds, checkpoint)
+    chosen, left_out = _choose_folds(path, root, files.names, folds, checkpoint)
     digest = hashlib.sha256(plans_data + dataset_data)
     weights, kinds = [], []
     for fold in chosen:
@@ -211,8 +213,9 @@ def _read_model(path: Path, files: _Files, folds: list[str] | None, checkpoint: 
     trainer, configuration, mirror_axes = kinds[0]
     name = PurePosixPath(root).name or path.resolve().name
     return Model(
-        name, plans, dataset, trainer, configuration, mirror_axes, weights, chosen, checkpoint, digest.hexdigest()
-    )
+        name, plans, dataset, trainer, configuration, mirror_axes, weights, chosen, left_out, checkpoint,
+        digest.hexdigest(),
+    )  # fmt: skip
 
 
 def _only_model(path: Path, names: list[str]) -> str:
@@ -236,7 +239,10 @@ def _only_model(path: Path, names: list[str]) -> str:
     return roots[0]
 
 
-def _choose_folds(path: Path, root: str, names: list[str], folds: list[str] | None, checkpoint: str) -> list[str]:
+def _choose_folds(
+    path: Path, root: str, names: list[str], folds: list[str] | None, checkpoint: str
+) -> tuple[list[str], list[str]]:
+    """The folds to use, and those that lack the checkpoint if none were asked for."""
     present: dict[str, list[str]] = {}
     for name in names:
         parts = PurePosixPath(name.removeprefix(root)).parts
@@ -251,7 +257,7 @@ def _choose_folds(path: Path, root: str, names: list[str], folds: list[str] | No
         raise ModelError(
             f"{str(path)!r} holds no {checkpoint} {which}(training unfinished?); choose with -f and -chk from: {there}"
         )
-    return chosen
+    return chosen, [] if folds is not None else sorted(set(present) - set(having))
 
 
 def _parse(path: Path, name: str, data: bytes) -> dict:

@@ -334,6 +334,15 @@ def test_a_missing_checkpoint_tells_what_is_there(copy):
         load_model(copy, folds=["3"], checkpoint="checkpoint_best.pth")
 
 
+def test_folds_without_the_checkpoint_are_named(copy):
+    assert load_model(copy).left_out == []
+    (copy / "fold_1").mkdir()
+    (copy / "fold_1" / "checkpoint_latest.pth").touch()
+    model = load_model(copy)
+    assert (model.folds, model.left_out) == (["0"], ["1"])
+    assert load_model(copy, folds=["0"]).left_out == []
+
+
 def test_plans_that_prediction_could_not_follow_are_refused_at_once(copy):
     plans = json.loads((copy / "plans.json").read_text())
     plans["configurations"]["2d"]["normalization_schemes"] = ["NoSuchNormalization"] * 3
