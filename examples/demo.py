@@ -69,7 +69,7 @@ def main() -> None:
         + words("--json", folder / "evaluation.json", "--report", folder / "report.html"),
     }
     # steps differ in length, so a rate or a time left would mislead
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}]"
+    layout = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}]"
     with tqdm(steps.items(), position=0, bar_format=layout) as progress:
         for name, command in progress:
             progress.set_description(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pandas as pd
 
 from nnunetv2_dermomamba import __version__
 from nnunetv2_dermomamba.cost import Cost
-from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, FEWEST, PER_IMAGE, POOLED
+from nnunetv2_dermomamba.evaluation.aggregate import AUTHORS, FEWEST, PER_IMAGE, POOLED, Figure
 from nnunetv2_dermomamba.evaluation.evaluate import FAILED, MISSING, SCORED, Evaluation
 from nnunetv2_dermomamba.files import write_file
 
@@ -90,21 +91,23 @@ def paper_rows(evaluation: Evaluation, label: int, cost: Cost | None) -> list[li
             continue
         figures = evaluation.figures[label][kind]
         rows.append([title, *size.values(), *(METRICS[m].show(figures[m].value) for m in PAPER)])
-        rows.append(["  95 % interval", *("" for _ in size), *(_interval(m, figures[m]) for m in PAPER)])
+        if _have_intervals(figures[m] for m in PAPER):
+            rows.append(["  95 % interval", *("" for _ in size), *(_interval(m, figures[m]) for m in PAPER)])
     return rows
 
 
 def metric_rows(evaluation: Evaluation, label: int) -> list[list[str]]:
     """Every metric of one class, the heading first."""
     differences = evaluation.differences.get(label, {})
-    rows = [["Per image", "", "mean", "95 % interval", "sd", "median", "images", "undefined"]]
+    figures = evaluation.figures[label][PER_IMAGE]
+    intervals = ["95 % interval"] if _have_intervals(figures.values()) else []
+    rows = [["Per image", "", "mean", *intervals, "sd", "median", "images", "undefined"]]
     if differences:
         rows[0] += ["other's mean", "p (Wilcoxon)"]
-    for name, figure in evaluation.figures[label][PER_IMAGE].items():
+    for name, figure in figures.items():
         metric = METRICS[name]
-        shown = [metric.show(v) for v in (figure.sd, figure.median)]
-        row = [metric.title, metric.unit, metric.show(figure.value), _interval(name, figure), *shown]
-        row += [str(figure.n), str(figure.undefined)]
+        row = [metric.title, metric.unit, metric.show(figure.value), *(_interval(name, figure) for _ in intervals)]
+        row += [metric.show(figure.sd), metric.show(figure.median), str(figure.n), str(figure.undefined)]
         if name in differences:
             row += [metric.show(differences[name].other), _show_p(differences[name].p)]
         rows.append(row)
@@ -118,11 +121,13 @@ def _show_p(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _interval(name: str, figure: Any) -> str:
+def _interval(name: str, figure: Figure) -> str:
     show = METRICS[name].show
-    if math.isnan(figure.low):
-        return "too few images" if 0 < figure.n < FEWEST else "-"
-    return f"{show(figure.low)} to {show(figure.high)}"
+    return "-" if math.isnan(figure.low) else f"{show(figure.low)} to {show(figure.high)}"
+
+
+def _have_intervals(figures: Iterable[Figure]) -> bool:
+    return any(not math.isnan(figure.low) for figure in figures)
 
 
 def remarks(evaluation: Evaluation) -> list[str]:
@@ -131,6 +136,8 @@ def remarks(evaluation: Evaluation) -> list[str]:
     cases = frame.drop_duplicates("case")
     scored = int((cases["status"] == SCORED).sum())
     lines = [f"{scored} of {len(cases)} cases scored."]
+    if 0 < scored < FEWEST:
+        lines += [f"Fewer than {FEWEST} cases: there are no 95 % intervals."]
     missing = cases.loc[cases["status"] == MISSING, "case"].tolist()
     treatment = "scored as empty masks" if evaluation.settings.missing_as_empty else "not in the figures"
     lines += _list(f"Without prediction, {treatment}", missing)

@@ -16,7 +16,7 @@ from nnunetv2_dermomamba.cost import Cost
 from nnunetv2_dermomamba.evaluation import pairing
 from nnunetv2_dermomamba.evaluation.evaluate import Settings, evaluate
 from nnunetv2_dermomamba.evaluation.metrics import mask_metrics
-from nnunetv2_dermomamba.evaluation.output import paper_rows, read_csv
+from nnunetv2_dermomamba.evaluation.output import metric_rows, paper_rows, read_csv
 
 
 def run(*arguments):
@@ -45,12 +45,18 @@ def test_table_csv_and_json(pairs, tmp_path, capsys):
     mean = read["figures"]["1"]["per_image"]["dice"]
     assert mean["value"] == pytest.approx(frame["dice"].mean())
     assert mean["low"] is None  # of six images
-    assert "too few images" in text
+    assert "Fewer than 10 cases: there are no 95 % intervals." in text
     pooled = 2 * frame["tp"].sum() / (2 * frame["tp"] + frame["fp"] + frame["fn"]).sum()
     assert read["figures"]["1"]["pooled"]["dice"]["value"] == pytest.approx(pooled)
     assert f"{100 * mean['value']:.2f}" in text
     assert f"{100 * pooled:.2f}" in text
     assert len(read["cases"]) == 6
+
+
+def test_ten_images_have_intervals(tmp_path):
+    evaluation = evaluate(*save_pairs(tmp_path, count=10))
+    assert paper_rows(evaluation, 1, None)[2][0] == "  95 % interval"
+    assert all(" to " in row[3] for row in metric_rows(evaluation, 1)[1:])
 
 
 def test_the_networks_size_stands_before_the_figures(pairs):
