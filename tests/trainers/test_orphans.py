@@ -23,7 +23,7 @@ if what == "protected":
     orphans.end_forks_with_parent()
     worker.sent_along = orphans.EndsWithParent()
 worker.start()
-print(worker.pid, flush=True)
+os.write(1, b"%d" % worker.pid + os.linesep.encode())  # at once: print may write the end of the line apart
 worker.join()
 """
 
