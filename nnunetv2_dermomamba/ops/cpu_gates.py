@@ -14,14 +14,11 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cpu_instance_norm import SMALL, channels_last_rows, shares
+from .cpu_instance_norm import RUN, SMALL, channels_last_rows, shares
 from .cpu_kernels import _OPTIONS
 from .cpu_lanes import LANES, at_least, largest, load, splat, store, total
 from .cpu_threads import run_shared
 from .unrecorded import apply
-
-RUN = 64
-"""Rows that are summed in a map's type before they are added in float64."""
 
 
 @njit(**_OPTIONS)
@@ -280,6 +277,6 @@ def gate_and_add(x: Tensor, gate: Tensor, low: Tensor) -> Tensor:
     if low.shape != (batch, channels, height / 2, width / 2) or gate.shape != (batch, 1, height, width):
         raise ValueError(f"{tuple(low.shape)} and a gate {tuple(gate.shape)} do not match {tuple(x.shape)}")
     if torch.is_grad_enabled():
-        return apply(_GateAndAdd, x, gate, low)  # type: ignore[no-any-return]
+        return _GateAndAdd.apply(x, gate, low)  # type: ignore[no-any-return]
     x = x.contiguous(memory_format=torch.channels_last)  # what it is, or the kernel would fill a copy
     return _gated_and_added(x, gate, low, x)

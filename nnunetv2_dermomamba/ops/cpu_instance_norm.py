@@ -16,15 +16,17 @@ from .cpu_threads import run_shared
 from .unrecorded import apply
 
 SMALL = 2**18  # elements
+RUN = 64
+"""Rows that are summed in a map's type before they are added in float64."""
 
 
 @njit(**_OPTIONS)
 def _moments(rows, centre, sums, power):  # type: ignore[no-untyped-def]
-    """Adds the sums of (rows - centre)**power over n of (n, c), in runs of 64 to float64."""
+    """Adds the sums of (rows - centre)**power over n of (n, c), in runs to float64."""
     part = np.empty_like(centre)
-    for start in range(0, rows.shape[0], 64):
+    for start in range(0, rows.shape[0], RUN):
         part[:] = 0
-        for p in range(start, min(start + 64, rows.shape[0])):
+        for p in range(start, min(start + RUN, rows.shape[0])):
             for c in range(rows.shape[1]):
                 value = rows[p, c] - centre[c]
                 part[c] += value if power == 1 else value * value
@@ -44,11 +46,11 @@ def _scale_leaky_add(rows, scale, shift, other, factor, slope, out):  # type: ig
 
 @njit(**_OPTIONS)
 def _gradient_sums(dout, rows, scale, shift, centre, other, slope, sums):  # type: ignore[no-untyped-def]
-    """Adds to sums (3, c), in runs of 64: the leaky ReLU's gradient g, g (rows - centre) and dout other."""
+    """Adds to sums (3, c), in runs: the leaky ReLU's gradient g, g (rows - centre) and dout other."""
     zero, part = dout.dtype.type(0.0), np.empty((3, rows.shape[1]), dout.dtype)
-    for start in range(0, rows.shape[0], 64):
+    for start in range(0, rows.shape[0], RUN):
         part[:] = 0
-        for p in range(start, min(start + 64, rows.shape[0])):
+        for p in range(start, min(start + RUN, rows.shape[0])):
             for c in range(rows.shape[1]):
                 gradient = dout[p, c] if rows[p, c] * scale[c] + shift[c] > zero else dout[p, c] * slope
                 part[0, c] += gradient
