@@ -16,6 +16,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_dermomamba.finite_images import check_images
 
+from .beside import Beside
 from .parameters import UntranslatableTransformError
 from .resident import ResidentDataLoader, estimated_bytes
 from .translate import BatchAugmenter
@@ -33,7 +34,7 @@ Workers: TypeAlias = NonDetMultiThreadedAugmenter | SingleThreadedAugmenter
 
 
 class AugmentedBatches:
-    """Batches as a trainer wants them, on its device.
+    """Batches as a trainer wants them, on its device; on CUDA they are made beside the steps before.
 
     Args:
         source: yields raw patches.
@@ -43,11 +44,15 @@ class AugmentedBatches:
     def __init__(self, source: ResidentDataLoader | Workers, augmenter: BatchAugmenter) -> None:
         self.source = source
         self.augmenter = augmenter
+        self._beside = Beside(augmenter.device) if augmenter.device.type == "cuda" else None
 
     def __iter__(self) -> AugmentedBatches:
         return self
 
     def __next__(self) -> dict:
+        return self._make() if self._beside is None else self._beside(self._make)
+
+    def _make(self) -> dict:
         batch = next(self.source)
         check_images(batch)
         image, segmentation = (batch[name].to(self.augmenter.device, non_blocking=True) for name in ("data", "target"))
