@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .add_bias import positions_sum
-from .backends import own_cuda_kernels, own_gpu_kernels
+from .backends import own_gpu_kernels
 from .library import as_autocast
 
 CHANNELS = (32, 64, 128)
 """Of maps whose weights a program holds."""
+SUMMED = 8 * 132
+"""Parts of all maps of 32 channels for sums of gradients, which fill a large GPU; of more channels, whose sums are
+larger, fewer."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -39,25 +41,41 @@ def _(x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, low
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
+@torch.library.custom_op("dermomamba::fuse_skip_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .triton_fuse_skip import fuse_skip_backward
+
+    gates = spatial_gate.contiguous(), channel_gate.contiguous()
+    dx, dspatial, dlow, sums = fuse_skip_backward(_rows(dy), _rows(x), *gates, weight.flatten(1).contiguous(), parts)
+    return dx.permute(0, 3, 1, 2), dspatial, dlow.permute(0, 3, 1, 2), sums
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    dlow = x.new_empty(batch, height // 2, width // 2, channels).permute(0, 3, 1, 2)
+    sums = x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    return dx, torch.empty_like(spatial_gate, memory_format=torch.contiguous_format), dlow, sums
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    """Of the product with the gates, which is computed again, PyTorch's own, and what follows from them."""
     x, spatial_gate, channel_gate, weight = ctx.saved_tensors
-    gated = x * spatial_gate * channel_gate
-    dgated, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, gated, weight.to(dy.dtype), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    dspatial = (dgated * x * channel_gate).sum(1, keepdim=True).to(dy.dtype)  # autocast sums to float32
-    dchannel = (dgated * x * spatial_gate).sum((2, 3), keepdim=True).to(dy.dtype)
-    # the axes in memory's order: else the sum is not, and what reads it copies it
-    blocks = dy.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    dlow = blocks.sum((2, 4)).to(dy.dtype).permute(0, 3, 1, 2)
-    by_kernel = dlow.is_cuda and own_cuda_kernels(dlow.dtype)  # a compiler would sum all of dy once more
-    dbias = positions_sum(dlow) if by_kernel else dlow.sum((0, 2, 3), dtype=torch.float32)
-    return dgated * spatial_gate * channel_gate, dspatial, dchannel, dweight.to(weight.dtype), dlow, dbias
+    channels = x.shape[1]
+    parts = max(1, SUMMED * CHANNELS[0] // channels // len(x))
+    dx, dspatial, dlow, sums = _backward(dy, x, spatial_gate, channel_gate, weight, parts)
+    of_maps = sums.sum(1)
+    dchannel, total = of_maps[:, channels, :, None, None].to(dy.dtype), of_maps.sum(0)
+    dweight = total[:channels, :, None, None].to(weight.dtype)
+    return dx, dspatial, dchannel, dweight, dlow, total[channels + 1]
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernel of ``fuse_skip``: gates, 1 x 1 convolution and upsampled addend of a block of pixels in registers."""
+"""Triton kernels of ``fuse_skip``: gates, 1 x 1 convolution, upsampled addend and their gradients in registers."""
 
 from __future__ import annotations
 
@@ -42,6 +42,52 @@ def fuse_kernel(
         tl.store(y_ptr + at[:, None] * C + c[None, :], y.to(kind), mask=inside[:, None])
 
 
+@triton.jit
+def fuse_backward_kernel(
+    dy_ptr, x_ptr, spatial_ptr, channel_ptr, weight_ptr, dx_ptr, dspatial_ptr, dlow_ptr, sums_ptr,
+    parts, blocks, across, height, width, C: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """A part of the ``blocks`` of a map, ``across`` of them side by side: two rows of ``P`` / 2 pixels.
+
+    Of pixels in a block four form a square that the upsampling made of one. ``sums``: those of the weight's, the
+    channel gate's and the bias's gradients over the part's pixels, (C + 2, C). The former two follow from one product,
+    since the channel gate is the same for all pixels.
+    """
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // parts
+    c = tl.arange(0, C)
+    p = tl.arange(0, P)
+    square = tl.arange(0, P // 4)
+    weight = tl.load(weight_ptr + c[:, None] * C + c[None, :]).to(kind)  # [out, in]
+    channel = tl.load(channel_ptr + batch * C + c).to(tl.float32)
+    product = tl.zeros([C, C], tl.float32)
+    dbias = tl.zeros([P // 4, C], tl.float32)
+    for block in tl.range((program % parts).to(tl.int32), blocks, parts, num_stages=2):
+        top = block // across * 2
+        left = block % across * (P // 2)
+        column = left + p // 4 * 2 + p % 2
+        inside = column < width
+        at = (batch * height + top + p // 2 % 2) * width + column
+        cells = at[:, None] * C + c[None, :]
+        dy = tl.load(dy_ptr + cells, mask=inside[:, None], other=0.0)
+        x = tl.load(x_ptr + cells, mask=inside[:, None], other=0.0).to(tl.float32)
+        spatial = tl.load(spatial_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        product += tl.dot(tl.trans(dy), (x * spatial[:, None]).to(kind), input_precision="ieee")
+        dgated = tl.dot(dy, weight, input_precision="ieee") * channel[None, :]
+        tl.store(dx_ptr + cells, (dgated * spatial[:, None]).to(kind), mask=inside[:, None])
+        tl.store(dspatial_ptr + at, tl.sum(dgated * x, 1).to(kind), mask=inside)
+        dlow = tl.sum(tl.reshape(dy.to(tl.float32), [P // 4, 4, C]), 1)
+        dbias += dlow
+        below = (batch * (height // 2) + top // 2) * (width // 2) + left // 2 + square
+        exists = left // 2 + square < width // 2
+        tl.store(dlow_ptr + below[:, None] * C + c[None, :], dlow.to(kind), mask=exists[:, None])
+    sums_ptr += program * (C + 2) * C
+    tl.store(sums_ptr + c[:, None] * C + c[None, :], product * channel[None, :])
+    tl.store(sums_ptr + C * C + c, tl.sum(product * weight.to(tl.float32), 0))
+    tl.store(sums_ptr + (C + 1) * C + c, tl.sum(dbias, 0))
+
+
 def fuse_skip_forward(
     x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, low: Tensor, bias: Tensor
 ) -> Tensor:
@@ -56,3 +102,24 @@ def fuse_skip_forward(
             C=channels, P=PIXELS
         )  # fmt: skip
     return y
+
+
+def fuse_skip_backward(
+    dy: Tensor, x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``spatial_gate`` and ``low``, and sums for the others: (B, parts, C + 2, C), float32.
+
+    Tensors as in ``fuse_skip_forward``. Of each map ``parts`` parts are summed apart: rows of the weight's gradient,
+    then the channel gate's and the bias's.
+    """
+    batch, height, width, channels = x.shape
+    dx, dspatial = torch.empty_like(x), torch.empty_like(spatial_gate)
+    dlow = x.new_empty(batch, height // 2, width // 2, channels)
+    sums = x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
+    across = ceil_div(width, PIXELS // 2)
+    with torch.cuda.device_of(x):
+        fuse_backward_kernel[(batch * parts,)](
+            dy, x, spatial_gate, channel_gate, weight, dx, dspatial, dlow, sums, parts, height // 2 * across, across,
+            height, width, C=channels, P=PIXELS, num_warps=4 if channels < 128 else 8
+        )  # fmt: skip
+    return dx, dspatial, dlow, sums
