@@ -37,6 +37,8 @@ class CapturedPass:
         name: what is captured, for that line.
         rehearses: whether to find out before the capture if ``compute`` waits for the device, which would break it and
             leave memory behind. During that call no other thread may wait for the device either: PyTorch raises there.
+        shares: a pass whose graph's memory serves this one, too. They are not called at the same time, and of what the
+            other one's graph wrote only what is still in use is left when this one's has run.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class CapturedPass:
         report: Callable[[str], None] = print,
         name: str = "training step",
         rehearses: bool = True,
+        shares: CapturedPass | None = None,
     ) -> None:
         self.compute = compute
         self.report = report
         self.name = name
         self.rehearses = rehearses
+        self.shares = shares
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = False
@@ -94,7 +98,7 @@ class CapturedPass:
 
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
         self.batch = [m.clone() for m in batch]
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        graph, pool = torch.cuda.CUDAGraph(), self._memory()
         stream, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         try:
             # nnU-Net's threads that pin the next batches or bring patches to the GPU go on; "global" has them fail
@@ -107,6 +111,10 @@ class CapturedPass:
             self._give_up(error)
         else:
             self.graph = graph
+
+    def _memory(self) -> tuple[int, int]:
+        other = None if self.shares is None else self.shares.graph
+        return torch.cuda.graph_pool_handle() if other is None else other.pool()
 
     def _give_up(self, error: RuntimeError) -> None:
         self.failed = True

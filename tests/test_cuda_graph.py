@@ -72,6 +72,24 @@ def test_the_losss_parts_are_the_steps_own_after_a_validation() -> None:
         torch.testing.assert_close(float(sum(training.loss.parts)), value, rtol=1e-6, atol=0)
 
 
+def test_a_validation_in_the_steps_own_memory() -> None:
+    """Neither sees what the other one left there."""
+    plain, captured = Training(False), Training(True)
+    validation = CapturedPass(captured.network, shares=captured.captured_pass)
+    for seed in range(WARM_UP + 8):
+        data, target = batch(seed)
+        losses = [training.step(data, target) for training in (plain, captured)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0.02)
+        captured.network.eval()
+        with torch.no_grad(), torch.autocast("cuda"):
+            torch.testing.assert_close(validation(data), captured.network(data), rtol=1e-3, atol=1e-3)
+        captured.network.train()
+    assert captured.captured_pass is not None
+    assert captured.captured_pass.graph is not None
+    assert validation.graph is not None
+    assert validation.graph.pool() == captured.captured_pass.graph.pool()
+
+
 @pytest.mark.parametrize("captures", [False, True])
 def test_an_overflow_costs_one_step_and_no_weights(captures: bool) -> None:
     training = Training(captures)

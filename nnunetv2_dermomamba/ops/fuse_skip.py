@@ -14,10 +14,9 @@ from .backends import own_gpu_kernels
 from .library import as_autocast
 
 CHANNELS = (32, 64, 128)
-"""Of maps whose weights a program holds."""
+"""Of maps whose weights a program holds; gradients are of 32 of them at a time."""
 SUMMED = 8 * 132
-"""Parts of all maps of 32 channels for sums of gradients, which fill a large GPU; of more channels, whose sums are
-larger, fewer."""
+"""Programs for gradients, which fill a large GPU: so many parts of all maps, by 32 channels."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -57,10 +56,10 @@ def _(
     dy: Tensor, x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, parts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    dlow = x.new_empty(batch, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-    sums = x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    return dx, torch.empty_like(spatial_gate, memory_format=torch.contiguous_format), dlow, sums
+    dspatial = x.new_empty(batch, channels // CHANNELS[0], height, width, dtype=torch.float32)
+    dlow = x.new_empty(batch, height // 2, width // 2, channels).permute(0, 3, 1, 2)
+    return dx, dspatial, dlow, x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -73,9 +72,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     parts = max(1, SUMMED * CHANNELS[0] // channels // len(x))
     dx, dspatial, dlow, sums = _backward(dy, x, spatial_gate, channel_gate, weight, parts)
     of_maps = sums.sum(1)
-    dchannel, total = of_maps[:, channels, :, None, None].to(dy.dtype), of_maps.sum(0)
+    dchannel, total = of_maps[:, channels, :, None, None], of_maps.sum(0)
+    dgates = [m.to(dy.dtype) for m in (dspatial.sum(1, keepdim=True), dchannel)]
     dweight = total[:channels, :, None, None].to(weight.dtype)
-    return dx, dspatial, dchannel, dweight, dlow, total[channels + 1]
+    return dx, *dgates, dweight, dlow, total[channels + 1]
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

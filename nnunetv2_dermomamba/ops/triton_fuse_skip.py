@@ -12,6 +12,8 @@ from .triton_common import ceil_div
 
 PIXELS = 64
 """Of a program at once."""
+OWN = 32
+"""Channels of a program's gradients: of more the sums would not fit into its registers."""
 PROGRAMS = 8 * 132
 """At most, which fill a large GPU of 132 processors: each multiplies by weights that it has loaded once."""
 
@@ -45,47 +47,52 @@ def fuse_kernel(
 @triton.jit
 def fuse_backward_kernel(
     dy_ptr, x_ptr, spatial_ptr, channel_ptr, weight_ptr, dx_ptr, dspatial_ptr, dlow_ptr, sums_ptr,
-    parts, blocks, across, height, width, C: tl.constexpr, P: tl.constexpr
+    parts, blocks, across, height, width, C: tl.constexpr, OWN: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """A part of the ``blocks`` of a map, ``across`` of them side by side: two rows of ``P`` / 2 pixels.
+    """``OWN`` channels of a part of the ``blocks`` of a map, ``across`` of them side by side: two rows of pixels.
 
-    Of pixels in a block four form a square that the upsampling made of one. ``sums``: those of the weight's, the
+    Of ``P`` pixels in a block four form a square that the upsampling made of one. ``sums``: those of the weight's, the
     channel gate's and the bias's gradients over the part's pixels, (C + 2, C). The former two follow from one product,
     since the channel gate is the same for all pixels.
     """
     kind: tl.constexpr = x_ptr.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // parts
+    slices: tl.constexpr = C // OWN
+    part = tl.program_id(0).to(tl.int64) // slices
+    slice = tl.program_id(0) % slices
+    batch = part // parts
     c = tl.arange(0, C)
+    own = slice * OWN + tl.arange(0, OWN)
     p = tl.arange(0, P)
     square = tl.arange(0, P // 4)
-    weight = tl.load(weight_ptr + c[:, None] * C + c[None, :]).to(kind)  # [out, in]
-    channel = tl.load(channel_ptr + batch * C + c).to(tl.float32)
-    product = tl.zeros([C, C], tl.float32)
-    dbias = tl.zeros([P // 4, C], tl.float32)
-    for block in tl.range((program % parts).to(tl.int32), blocks, parts, num_stages=2):
+    weight = tl.load(weight_ptr + c[:, None] * C + own[None, :]).to(kind)  # [out, in]
+    channel = tl.load(channel_ptr + batch * C + own).to(tl.float32)
+    product = tl.zeros([C, OWN], tl.float32)
+    dbias = tl.zeros([P // 4, OWN], tl.float32)
+    for block in tl.range((part % parts).to(tl.int32), blocks, parts, num_stages=2):
         top = block // across * 2
         left = block % across * (P // 2)
         column = left + p // 4 * 2 + p % 2
         inside = column < width
         at = (batch * height + top + p // 2 % 2) * width + column
-        cells = at[:, None] * C + c[None, :]
-        dy = tl.load(dy_ptr + cells, mask=inside[:, None], other=0.0)
+        cells = at[:, None] * C + own[None, :]
+        dy = tl.load(dy_ptr + at[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
         x = tl.load(x_ptr + cells, mask=inside[:, None], other=0.0).to(tl.float32)
         spatial = tl.load(spatial_ptr + at, mask=inside, other=0.0).to(tl.float32)
         product += tl.dot(tl.trans(dy), (x * spatial[:, None]).to(kind), input_precision="ieee")
         dgated = tl.dot(dy, weight, input_precision="ieee") * channel[None, :]
         tl.store(dx_ptr + cells, (dgated * spatial[:, None]).to(kind), mask=inside[:, None])
-        tl.store(dspatial_ptr + at, tl.sum(dgated * x, 1).to(kind), mask=inside)
-        dlow = tl.sum(tl.reshape(dy.to(tl.float32), [P // 4, 4, C]), 1)
+        row = ((batch * slices + slice) * height + top + p // 2 % 2) * width + column
+        tl.store(dspatial_ptr + row, tl.sum(dgated * x, 1), mask=inside)
+        dy_own = dy if C == OWN else tl.load(dy_ptr + cells, mask=inside[:, None], other=0.0)
+        dlow = tl.sum(tl.reshape(dy_own.to(tl.float32), [P // 4, 4, OWN]), 1)
         dbias += dlow
         below = (batch * (height // 2) + top // 2) * (width // 2) + left // 2 + square
         exists = left // 2 + square < width // 2
-        tl.store(dlow_ptr + below[:, None] * C + c[None, :], dlow.to(kind), mask=exists[:, None])
-    sums_ptr += program * (C + 2) * C
-    tl.store(sums_ptr + c[:, None] * C + c[None, :], product * channel[None, :])
-    tl.store(sums_ptr + C * C + c, tl.sum(product * weight.to(tl.float32), 0))
-    tl.store(sums_ptr + (C + 1) * C + c, tl.sum(dbias, 0))
+        tl.store(dlow_ptr + below[:, None] * C + own[None, :], dlow.to(kind), mask=exists[:, None])
+    sums_ptr += part * (C + 2) * C
+    tl.store(sums_ptr + c[:, None] * C + own[None, :], product * channel[None, :])
+    tl.store(sums_ptr + C * C + own, tl.sum(product * weight.to(tl.float32), 0))
+    tl.store(sums_ptr + (C + 1) * C + own, tl.sum(dbias, 0))
 
 
 def fuse_skip_forward(
@@ -107,19 +114,21 @@ def fuse_skip_forward(
 def fuse_skip_backward(
     dy: Tensor, x: Tensor, spatial_gate: Tensor, channel_gate: Tensor, weight: Tensor, parts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``spatial_gate`` and ``low``, and sums for the others: (B, parts, C + 2, C), float32.
+    """Gradients of ``x``, ``spatial_gate`` and ``low``, and sums for the others.
 
-    Tensors as in ``fuse_skip_forward``. Of each map ``parts`` parts are summed apart: rows of the weight's gradient,
-    then the channel gate's and the bias's.
+    Tensors as in ``fuse_skip_forward``. The spatial gate's gradient is one for every slice of ``OWN`` channels,
+    (B, C / OWN, H, W), float32. Sums: of each map ``parts`` parts are summed apart, (B, parts, C + 2, C), float32, rows
+    of the weight's gradient, then the channel gate's and the bias's.
     """
     batch, height, width, channels = x.shape
-    dx, dspatial = torch.empty_like(x), torch.empty_like(spatial_gate)
+    dx = torch.empty_like(x)
+    dspatial = x.new_empty(batch, channels // OWN, height, width, dtype=torch.float32)
     dlow = x.new_empty(batch, height // 2, width // 2, channels)
     sums = x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
     across = ceil_div(width, PIXELS // 2)
     with torch.cuda.device_of(x):
-        fuse_backward_kernel[(batch * parts,)](
+        fuse_backward_kernel[(batch * parts * (channels // OWN),)](
             dy, x, spatial_gate, channel_gate, weight, dx, dspatial, dlow, sums, parts, height // 2 * across, across,
-            height, width, C=channels, P=PIXELS, num_warps=4 if channels < 128 else 8
+            height, width, C=channels, OWN=OWN, P=PIXELS, num_warps=2
         )  # fmt: skip
     return dx, dspatial, dlow, sums

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -35,6 +37,7 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
     warmup_epochs = 1.0
     gradient_clip = 1.0
     cuda_graph = True  # on CUDA without DDP; the kernels are many and short
+    network: nn.Module
 
     def __init__(
         self,
@@ -72,6 +75,9 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
     def initialize(self) -> None:
         """As nnU-Net; says in the log which backend computes the selective scan, and that the first steps take long."""
         super().initialize()
+        self._captured_inference = CapturedPass(
+            self.network, self.print_to_log_file, "validation", shares=self._captured_pass
+        )
         self.print_to_log_file(describe_choice(self.device.type))
         if self.warmup_epochs:
             self.print_to_log_file(f"The learning rate rises from 0 to {self.initial_lr:g} during the warm-up.")
@@ -92,13 +98,15 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
         fraction = (self.iteration + 1) / (self.num_iterations_per_epoch + 1)
         self.lr_scheduler.step(self.current_epoch + fraction)
 
+    def _captures(self) -> bool:
+        return self.cuda_graph and self.device.type == "cuda" and not self.is_ddp
+
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step without waiting for the device: losses stay there as tensors until the epoch ends."""
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self._set_learning_rate()
-        captures = self.cuda_graph and self.device.type == "cuda" and not self.is_ddp
-        loss = (self._captured_pass if captures else self._forward_backward)(data, target)
+        loss = (self._captured_pass if self._captures() else self._forward_backward)(data, target)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
@@ -108,6 +116,17 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
         elif torch.isfinite(norm):  # as the gradient scaler does on CUDA; nothing to wait for on the CPU
             self.optimizer.step()
         return {"loss": loss.detach(), "gradient_norm": norm}
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's step, in which the network is a CUDA graph where the training step is."""
+        if not self._captures():
+            return super().validation_step(batch)  # type: ignore[no-any-return]
+        network = self.network
+        self.network = cast(nn.Module, self._captured_inference)
+        try:
+            return super().validation_step(batch)  # type: ignore[no-any-return]
+        finally:
+            self.network = network
 
     def _forward_backward(self, data: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

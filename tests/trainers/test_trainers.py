@@ -100,6 +100,27 @@ def test_trains(make, name: str, labels: str) -> None:
         assert trainer.optimizer.param_groups[0]["lr"] > 0
 
 
+def test_where_steps_are_captured_validation_calls_the_captured_network(make, monkeypatch) -> None:
+    trainer = make("nnUNetTrainerDermoMamba", "classes")
+    trainer.on_train_start()
+    batch, network, seen = next(trainer.dataloader_val), trainer.network, []
+
+    def captured(data):
+        seen.append(data)
+        return network(data)
+
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        expected = trainer.validation_step(copy.deepcopy(batch))
+        trainer._captured_inference = captured
+        monkeypatch.setattr(trainer, "_captures", lambda: True)
+        assert trainer.validation_step(copy.deepcopy(batch))["loss"] == expected["loss"]
+        assert len(seen) == 1
+        with pytest.raises(KeyError):
+            trainer.validation_step({})
+    assert trainer.network is network
+
+
 def test_a_terminal_shows_the_steps_of_an_epoch(small, monkeypatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
