@@ -48,12 +48,13 @@ class ResidentDataLoader:
     Args:
         loader: nnU-Net's loader of 2D patches.
         device: where the data set is kept.
+        compiles: whether to compile the cropping, forty short kernels else, which take longer to launch than to run.
 
     Raises:
         NotFiniteError: an image holds NaN or infinite values.
     """
 
-    def __init__(self, loader: nnUNetDataLoader, device: torch.device) -> None:
+    def __init__(self, loader: nnUNetDataLoader, device: torch.device, compiles: bool = False) -> None:
         self.loader = loader
         self.device = device
         keys = list(loader.indices)
@@ -66,6 +67,7 @@ class ResidentDataLoader:
         self.class_locations = [case.class_locations for case in cases]
         self.shapes = np.array([case.shape[1:] for case in cases])  # (cases, 3): slices, height, width
         self.starts = np.cumsum([0, *self.shapes.prod(1)])[:-1]  # in pixels
+        self._crop = torch.compile(self._gather, fullgraph=True, dynamic=False) if compiles else self._gather
 
     def _read(self, key: str) -> Case:
         data, segmentation, _, properties = self.loader._data.load_case(key)
@@ -90,7 +92,7 @@ class ResidentDataLoader:
             "corner": corners[:, 1:],
             "size": shapes[:, 1:],
         }
-        data, target = self._gather(**to_device([drawn], self.device)[0])
+        data, target = self._crop(**to_device([drawn], self.device)[0])
         return {"data": data, "target": target, "keys": keys}
 
     def _corner(self, sample: int, row: int) -> list[int]:

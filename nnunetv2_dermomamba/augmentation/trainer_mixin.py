@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -113,7 +114,7 @@ class DeviceAugmentationMixin(Trainer):
         resident = needed <= RESIDENT_SHARE * _free_bytes(self.device)
         place = "kept on the device" if resident else "read and cropped by worker processes"
         self.print_to_log_file(f"Augmentation on {self.device}; data set ({needed / 2**20:.0f} MiB) {place}.")
-        source = ResidentDataLoader if resident else _workers
+        source = partial(ResidentDataLoader, compiles=self._do_i_compile()) if resident else _workers
         sources = [source(loader, self.device) for loader in loaders]
         train, validation = (AugmentedBatches(*pair) for pair in zip(sources, augmenters, strict=True))
         return train, validation

@@ -15,8 +15,8 @@ from .library import as_autocast
 
 CHANNELS = (32, 64, 128)
 """Of maps whose weights a program holds; gradients are of 32 of them at a time."""
-SUMMED = 8 * 132
-"""Programs for gradients, which fill a large GPU: so many parts of all maps, by 32 channels."""
+SUMMED = 16 * 132
+"""Programs for gradients, of a warp or two, which fill a large GPU: so many parts of all maps, by 32 channels."""
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .triton_common import ceil_div
 
-PIXELS = 64
-"""Of a program at once."""
+PIXELS, BACK_PIXELS = 64, 32
+"""Of a program at once, forward and backward."""
 OWN = 32
 """Channels of a program's gradients: of more the sums would not fit into its registers."""
 PROGRAMS = 8 * 132
@@ -125,10 +125,10 @@ def fuse_skip_backward(
     dspatial = x.new_empty(batch, channels // OWN, height, width, dtype=torch.float32)
     dlow = x.new_empty(batch, height // 2, width // 2, channels)
     sums = x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
-    across = ceil_div(width, PIXELS // 2)
+    across = ceil_div(width, BACK_PIXELS // 2)
     with torch.cuda.device_of(x):
         fuse_backward_kernel[(batch * parts * (channels // OWN),)](
             dy, x, spatial_gate, channel_gate, weight, dx, dspatial, dlow, sums, parts, height // 2 * across, across,
-            height, width, C=channels, OWN=OWN, P=PIXELS, num_warps=2
+            height, width, C=channels, OWN=OWN, P=BACK_PIXELS, num_warps=1 if channels < 128 else 2
         )  # fmt: skip
     return dx, dspatial, dlow, sums

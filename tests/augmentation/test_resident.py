@@ -37,6 +37,18 @@ def test_patches(preprocessed, patch_size, final_patch_size, probabilistic):
     assert_same(batches(ResidentDataLoader(loader, CPU)), batches(loader))
 
 
+@pytest.mark.gpu
+def test_compiled_patches(preprocessed):
+    """Of two data sets one after the other, as in training and validation."""
+    dataset = nnUNetDatasetBlosc2(str(preprocessed / "Dataset999_Ellipses" / "nnUNetPlans_2d"))
+    labels = LabelManager({"background": 0, "rim": 1, "core": 2}, None)
+    for keys in (dataset.identifiers[:4], dataset.identifiers[4:]):
+        loader = nnUNetDataLoader(dataset, 12, (61, 60), (32, 40), labels, 0.5)
+        loader.indices = keys
+        ours = batches(ResidentDataLoader(loader, torch.device("cuda"), compiles=True))
+        assert_same([{**b, "data": b["data"].cpu(), "target": b["target"].cpu()} for b in ours], batches(loader))
+
+
 def test_ignore_label_and_several_slices(tmp_path):
     rng = np.random.default_rng(0)
     labels = LabelManager({"background": 0, "lesion": 1, "ignore": 2}, None)
