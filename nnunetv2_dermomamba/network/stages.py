@@ -56,7 +56,8 @@ class EncoderStage(nn.Module):
             x = batch_norm(self.conv.without_bias(x), self.norm, self.conv.bias)
         else:
             x = batch_norm_of_running(self.conv(x), self.norm)
-        skip = F.relu(x, inplace=True)
+        # what the gradient of fuse_skip reads would else be kept beside the convolution's result, 350 MB at batch 64
+        skip = recompute(F.relu, x) if x.is_cuda else F.relu(x, inplace=True)
         return halve(skip), skip
 
 
