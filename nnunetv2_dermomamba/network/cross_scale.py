@@ -67,10 +67,11 @@ class CrossScaleMambaBlock(nn.Module):
         return y.permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        # channels last throughout, so that gradients are, too, and are written once
-        x = x.permute(0, 2, 3, 1)
-        *chunks, rest = x.chunk(4, dim=3)
-        y = _side_by_side([*self.vss(self._branches(x, chunks)).chunk(3), rest]).permute(0, 3, 1, 2)
+        # Channels last throughout, so that gradients are, too, and are written once. Permuted twice: read by both ways,
+        # one map with the axes in this order would be laid out otherwise by a compiler, and copied for the operator.
+        *chunks, rest = x.permute(0, 2, 3, 1).chunk(4, dim=3)
+        branches = self.vss(self._branches(x.permute(0, 2, 3, 1), chunks)).chunk(3)
+        y = _side_by_side([*branches, rest]).permute(0, 3, 1, 2)
         return F.relu(batch_norm_of_running(y, self.norm), inplace=True)
 
 
