@@ -37,8 +37,8 @@ class CapturedPass:
         name: what is captured, for that line.
         rehearses: whether to find out before the capture if ``compute`` waits for the device, which would break it and
             leave memory behind. During that call no other thread may wait for the device either: PyTorch raises there.
-        shares: a pass whose graph's memory serves this one, too. They are not called at the same time, and of what the
-            other one's graph wrote only what is still in use is left when this one's has run.
+        shares: a pass whose graph's memory serves this one, too. They are not called at the same time, and this one
+            writes over what the other one's graph left, but for tensors that are in use when this one is captured.
     """
 
     def __init__(

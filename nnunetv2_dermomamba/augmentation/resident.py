@@ -67,7 +67,7 @@ class ResidentDataLoader:
         self.class_locations = [case.class_locations for case in cases]
         self.shapes = np.array([case.shape[1:] for case in cases])  # (cases, 3): slices, height, width
         self.starts = np.cumsum([0, *self.shapes.prod(1)])[:-1]  # in pixels
-        self._crop = torch.compile(self._gather, fullgraph=True, dynamic=False) if compiles else self._gather
+        self._crop = torch.compile(self._gather, dynamic=False) if compiles else self._gather
 
     def _read(self, key: str) -> Case:
         data, segmentation, _, properties = self.loader._data.load_case(key)

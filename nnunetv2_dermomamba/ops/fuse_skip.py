@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import own_gpu_kernels
-from .library import as_autocast
+from .library import as_autocast, no_double_backward
 
 CHANNELS = (32, 64, 128)
 """Of maps whose weights a program holds; gradients are of 32 of them at a time."""
@@ -79,6 +79,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+no_double_backward(_backward)
 
 
 def serves(x: Tensor, *gates: Tensor) -> bool:

@@ -55,6 +55,9 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
         if self._patch_covers_images():
             self.oversample_foreground_percent = 0.0
         self._captured_pass = CapturedPass(self._forward_backward, self.print_to_log_file)
+        self._captured_inference = CapturedPass(
+            self._infer, self.print_to_log_file, "validation", shares=self._captured_pass
+        )
 
     def _patch_covers_images(self) -> bool:
         plan = self.configuration_manager
@@ -75,9 +78,7 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
     def initialize(self) -> None:
         """As nnU-Net; says in the log which backend computes the selective scan, and that the first steps take long."""
         super().initialize()
-        self._captured_inference = CapturedPass(
-            self.network, self.print_to_log_file, "validation", shares=self._captured_pass
-        )
+        self._initial_network = self.network
         self.print_to_log_file(describe_choice(self.device.type))
         if self.warmup_epochs:
             self.print_to_log_file(f"The learning rate rises from 0 to {self.initial_lr:g} during the warm-up.")
@@ -119,14 +120,19 @@ class nnUNetTrainerDermoMambaDiceCE(DeviceAugmentationMixin, BackgroundPlotMixin
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's step, in which the network is a CUDA graph where the training step is."""
-        if not self._captures():
-            return super().validation_step(batch)  # type: ignore[no-any-return]
         network = self.network
+        if not self._captures() or network is not self._initial_network:  # a subclass validates another one
+            return super().validation_step(batch)  # type: ignore[no-any-return]
         self.network = cast(nn.Module, self._captured_inference)
         try:
             return super().validation_step(batch)  # type: ignore[no-any-return]
         finally:
             self.network = network
+
+    def _infer(self, data: Tensor) -> Tensor:
+        # nnU-Net's autocast would keep its copies of the weights from a capture that broke, which wrote none
+        with autocast("cuda", cache_enabled=False):
+            return self._initial_network(data)  # type: ignore[no-any-return]
 
     def _forward_backward(self, data: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,7 @@
 """The resident data set gives what nnU-Net's loader gives with the same random numbers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,16 @@ def test_patches(preprocessed, patch_size, final_patch_size, probabilistic):
     options = {"oversample_foreground_percent": 0.5, "probabilistic_oversampling": probabilistic}
     loader = nnUNetDataLoader(dataset, 12, patch_size, final_patch_size, labels, **options)
     assert_same(batches(ResidentDataLoader(loader, CPU)), batches(loader))
+
+
+def test_any_number_of_data_sets_is_compiled(preprocessed, monkeypatch):
+    """In one process, whose compiled code PyTorch keeps, of a function for eight kinds of input."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    dataset = nnUNetDatasetBlosc2(str(preprocessed / "Dataset999_Ellipses" / "nnUNetPlans_2d"))
+    labels = LabelManager({"background": 0, "rim": 1, "core": 2}, None)
+    for number in range(10):
+        loader = nnUNetDataLoader(dataset, 2, (61, 60 - number), (32, 40), labels, 0.5)
+        assert_same(batches(ResidentDataLoader(loader, CPU, compiles=True), 1), batches(loader, 1))
 
 
 @pytest.mark.gpu

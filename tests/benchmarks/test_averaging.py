@@ -60,9 +60,11 @@ def test_average_is_of_weights_and_statistics_every_ten_steps(small, monkeypatch
     assert all(torch.equal(inference[name], value) for name, value in saved.items())
 
 
-def test_validation_is_of_the_average(small) -> None:
+@pytest.mark.parametrize("captures", [False, True])
+def test_validation_is_of_the_average(small, monkeypatch, captures) -> None:
     trainer = make(small, kind=AveragedTrainer)
     trainer.on_train_start()
+    monkeypatch.setattr(trainer, "_captures", lambda: captures)
     seen = []
     trainer.averaged.module.register_forward_hook(lambda *_: seen.append("average"))
     trainer.network.register_forward_hook(lambda *_: seen.append("trained"))

@@ -56,7 +56,7 @@ def formula(x, spatial_gate, channel_gate, weight, low, bias):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("programs", [2, 1000])
+@pytest.mark.parametrize("programs", [2, 8, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_pytorchs_own(monkeypatch, shape, kind, programs, compiled):
@@ -105,9 +105,14 @@ def test_what_it_serves(monkeypatch):
     assert not serves(skip(), gates[0])
 
 
-def test_is_a_proper_operator():
+def test_are_proper_operators():
     torch.library.opcheck(
         torch.ops.dermomamba.fuse_skip.default, [m.requires_grad_() for m in inputs(1, 32, 4, 6, F16)]
+    )
+    x, *gates, weight, _, _ = inputs(2, 64, 4, 6, F16)
+    arguments = x.flip(0), x, *gates, weight, 3
+    torch.library.opcheck(
+        torch.ops.dermomamba.fuse_skip_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
