@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 
 # The built wheel, not the source tree, is what gets installed, tested and shown.
 $(VENV)/installed: pyproject.toml nnunetv2_dermomamba.pth $(shell find nnunetv2_dermomamba -type f -not -name '*.pyc')
+	@echo "Installing into $(VENV): PyTorch and what else is needed, a few minutes at the first time ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip build
 	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist . >/dev/null

@@ -124,6 +124,8 @@ def empty_folder(folder: Path) -> None:
     marker = folder / MARKER
     if folder.exists() and not marker.exists() and (folder.is_file() or any(folder.iterdir())):
         sys.exit(f"{folder} holds something else than a demo; give a new or empty --folder (an old demo: remove it)")
+    if marker.exists():
+        print(f"What an earlier demo left in {folder} is replaced.")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
     for part in REMADE:

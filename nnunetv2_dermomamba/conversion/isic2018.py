@@ -83,7 +83,7 @@ def how_to_get(source: Path) -> str:
         f"ISIC 2018 Task 1 is not in {str(source)!r}{absent}.\n"
         f"Fetch these archives from {DESCRIPTION.reference}\n{archives}\n"
         f"and unpack them there, so that {str(source / ARCHIVES[0] / 'ISIC_0000000.jpg')!r} exists; "
-        "or let --download do it; or name another folder with --source."
+        "or let dataset_conversion/isic2018.py --download do it; or name another folder with --source."
     )
 
 

@@ -23,6 +23,7 @@ MASK_ENDINGS = ("_mask", "_segmentation", "_lesion", "_prediction", "_pred", "_s
 PROBABILITY_ENDINGS = ("_probability", "_probabilities", "_prob")
 LABEL_OF_MAP = re.compile(rf"(.+(?:{'|'.join(PROBABILITY_ENDINGS)}))_(\d{{1,3}})", re.ASCII | re.IGNORECASE)
 OTHER_ENDINGS = ("_overlay",)
+BESIDE_NNUNETS_MASKS = ("dataset.json", "plans.json", "predict_from_raw_data_args.json")
 CHANNEL_ENDING = "_0000"  # nnU-Net's first channel
 
 
@@ -55,8 +56,8 @@ class Pairing:
     Attributes:
         cases: One entry per ground-truth mask, sorted by name.
         extra: Predictions without ground truth, by case name.
-        ignored: Files in the two mask folders that are no masks by their name, and that ``dermomamba predict`` does
-            not write beside masks.
+        ignored: Files in the two mask folders that are no masks by their name, and that neither ``dermomamba predict``
+            nor ``nnUNetv2_predict`` writes beside masks.
     """
 
     cases: list[Case]
@@ -126,7 +127,7 @@ def index_masks(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     """Masks of a folder by case name, and the files that are neither masks nor written with them by prediction."""
     found, ignored = [], []
     for path in _files(folder):
-        if is_companion(path.name):
+        if is_companion(path.name) or path.name in BESIDE_NNUNETS_MASKS:
             continue
         name = case_id(path.relative_to(folder), MASK_EXTENSIONS, MASK_ENDINGS)
         if name is None or _split_label(name)[0].lower().endswith(PROBABILITY_ENDINGS + OTHER_ENDINGS):

@@ -66,8 +66,17 @@ def test_maps_and_masks_may_share_a_folder(tmp_path):
 
 def test_what_predict_writes_beside_masks_is_passed_over_and_other_files_are_not(tmp_path):
     written = ["a_overlay.jpg", "a_probability.png", "b_probability_2.png", "predictions.csv", "failed.txt"]
-    foreign = ["a_overlay.png", "photo.jpg", "other.csv", "notes.txt", "a_prob.png", "b_probability_all.npz"]
-    masks, ignored = index_masks(touch(tmp_path, "a_mask.png", ".dermomamba_predict.jsonl", *written, *foreign))
+    foreign = [
+        "a_overlay.png",
+        "summary.json",
+        "photo.jpg",
+        "other.csv",
+        "notes.txt",
+        "a_prob.png",
+        "b_probability_all.npz",
+    ]
+    written += [".dermomamba_predict.jsonl", "dataset.json", "plans.json", "predict_from_raw_data_args.json"]
+    masks, ignored = index_masks(touch(tmp_path, "a_mask.png", *written, *foreign))
     assert list(masks) == ["a"]
     assert {path.name for path in ignored} == set(foreign)
 
