@@ -14,9 +14,11 @@ from .backends import own_gpu_kernels
 from .library import as_autocast, no_double_backward
 
 CHANNELS = (32, 64, 128)
-"""Of maps whose weights a program holds; gradients are of 32 of them at a time."""
-SUMMED = 16 * 132
-"""Programs for gradients, of a warp or two, which fill a large GPU: so many parts of all maps, by 32 channels."""
+"""Of maps whose weights a program holds."""
+OWN = 32
+"""Channels of a program's gradients: of more the sums would not fit into its registers."""
+PROGRAMS = 16 * 132
+"""For gradients, of a warp or two, which fill a large GPU: each has ``OWN`` channels of a part of a map."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dspatial = x.new_empty(batch, channels // CHANNELS[0], height, width, dtype=torch.float32)
+    dspatial = x.new_empty(batch, channels // OWN, height, width, dtype=torch.float32)
     dlow = x.new_empty(batch, height // 2, width // 2, channels).permute(0, 3, 1, 2)
     return dx, dspatial, dlow, x.new_empty(batch, parts, channels + 2, channels, dtype=torch.float32)
 
@@ -69,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     x, spatial_gate, channel_gate, weight = ctx.saved_tensors
     channels = x.shape[1]
-    parts = max(1, SUMMED * CHANNELS[0] // channels // len(x))
+    parts = max(1, PROGRAMS * OWN // channels // len(x))
     dx, dspatial, dlow, sums = _backward(dy, x, spatial_gate, channel_gate, weight, parts)
     of_maps = sums.sum(1)
     dchannel, total = of_maps[:, channels, :, None, None], of_maps.sum(0)

@@ -8,12 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fuse_skip import OWN
 from .triton_common import ceil_div
 
 PIXELS, BACK_PIXELS = 64, 32
 """Of a program at once, forward and backward."""
-OWN = 32
-"""Channels of a program's gradients: of more the sums would not fit into its registers."""
 PROGRAMS = 8 * 132
 """At most, which fill a large GPU of 132 processors: each multiplies by weights that it has loaded once."""
 
