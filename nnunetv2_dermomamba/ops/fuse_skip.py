@@ -17,7 +17,7 @@ CHANNELS = (32, 64, 128)
 """Of maps whose weights a program holds."""
 OWN = 32
 """Channels of a program's gradients: of more the sums would not fit into its registers."""
-PROGRAMS = 16 * 132
+BACK_PROGRAMS = 16 * 132
 """For gradients, of a warp or two, which fill a large GPU: each has ``OWN`` channels of a part of a map."""
 
 
@@ -71,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     x, spatial_gate, channel_gate, weight = ctx.saved_tensors
     channels = x.shape[1]
-    parts = max(1, PROGRAMS * OWN // channels // len(x))
+    parts = max(1, BACK_PROGRAMS * OWN // channels // len(x))
     dx, dspatial, dlow, sums = _backward(dy, x, spatial_gate, channel_gate, weight, parts)
     of_maps = sums.sum(1)
     dchannel, total = of_maps[:, channels, :, None, None], of_maps.sum(0)

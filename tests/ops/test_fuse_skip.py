@@ -60,7 +60,7 @@ def formula(x, spatial_gate, channel_gate, weight, low, bias):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_pytorchs_own(monkeypatch, shape, kind, programs, compiled):
     monkeypatch.setattr(triton_fuse_skip, "PROGRAMS", programs)
-    monkeypatch.setattr(fuse_skip_module, "PROGRAMS", programs)
+    monkeypatch.setattr(fuse_skip_module, "BACK_PROGRAMS", programs)
     arguments = inputs(*shape, kind)
     dy = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, kind)
     dy = dy.contiguous(memory_format=torch.channels_last)
